@@ -1,0 +1,134 @@
+"""Where the units of a convolution window lie, and what is refused about them."""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """A convolution window. ``padding`` is (left, right, top, bottom), the rest (h, w)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Number of units (Ho, Wo), counted as ``torch.nn.Conv2d`` does."""
+        left, right, top, bottom = self.padding
+        return tuple(
+            (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(
+                (height + top + bottom, width + left + right),
+                self.kernel, self.stride, self.dilation, strict=True))
+
+    @property
+    def symmetric_padding(self) -> tuple[int, int] | None:
+        """(h, w) as ``torch.nn.functional.conv2d`` takes it, None if the sides differ."""
+        left, right, top, bottom = self.padding
+        return (top, left) if left == right and top == bottom else None
+
+
+def _pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= minimum for v in pair):
+        raise ValueError(
+            f'{name} must be an int or a pair (h, w) of ints >= {minimum}, got {value!r}')
+    return pair
+
+
+def make_geometry(kernel_size: int | Sequence[int],
+                  stride: int | Sequence[int] = 1,
+                  padding: int | str | Sequence[int] = 0,
+                  dilation: int | Sequence[int] = 1) -> Geometry:
+    """Normalizes torch-style arguments into a :class:`Geometry`.
+
+    Args:
+        padding: int, (h, w), (left, right, top, bottom), or as in ``torch.nn.Conv2d``
+            ``'valid'`` (none) and ``'same'`` (stride 1 only).
+
+    Raises:
+        ValueError: An argument has the wrong length, type or sign.
+    """
+    kernel = _pair('kernel_size', kernel_size, 1)
+    stride = _pair('stride', stride, 1)
+    dilation = _pair('dilation', dilation, 1)
+    if padding == 'same':
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got stride={stride}; "
+                             'give the padding as numbers')
+        total_h, total_w = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+        sides = (total_w // 2, total_w - total_w // 2, total_h // 2, total_h - total_h // 2)
+    elif padding == 'valid':
+        sides = (0, 0, 0, 0)
+    elif isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) == 4:
+        sides = tuple(padding)
+    else:
+        h, w = _pair('padding', padding, 0) if not isinstance(padding, str) else (-1, -1)
+        sides = (w, w, h, h)
+    if not all(isinstance(v, int) and v >= 0 for v in sides):
+        raise ValueError(
+            "padding must be an int >= 0, (h, w), (left, right, top, bottom), 'same' or "
+            f"'valid', got {padding!r}")
+    return Geometry(kernel, stride, sides, dilation)
+
+
+def check_input(input: Tensor, geometry: Geometry, dropout_p: float, eps: float) -> None:
+    """Refuses what has no units to normalize.
+
+    Raises:
+        ValueError: ``input`` is not a floating point (N, C, H, W) tensor, the window is
+            larger than the padded input, ``dropout_p`` is outside [0, 1) or ``eps`` <= 0.
+    """
+    if input.dim() != 4:
+        raise ValueError(f'input must be 4-D (N, C, H, W), got shape {tuple(input.shape)}; '
+                         'add a batch dimension with input[None] if one is missing')
+    if not input.is_floating_point():
+        raise ValueError(f'input must be floating point, got {input.dtype}; '
+                         'convert it, e.g. input.float() / 255 for an image')
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p}')
+    if eps <= 0:
+        raise ValueError(f'eps must be > 0, got {eps}: a unit of zero variance divides by it')
+    height, width = input.shape[2:]
+    if min(geometry.output_size(height, width)) < 1:
+        left, right, top, bottom = geometry.padding
+        raise ValueError(
+            f'kernel_size={geometry.kernel} with dilation={geometry.dilation} is larger than '
+            f'the padded input {height + top + bottom} x {width + left + right} (H x W); '
+            'use larger images, a smaller kernel or more padding')
+
+
+def check_weight(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Refuses a weight that does not fit.
+
+    Raises:
+        ValueError: Channels, groups or the bias disagree with ``weight``.
+    """
+    out_channels, in_per_group = weight.shape[:2]
+    channels = input.size(1)
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(f'in_channels={channels} and out_channels={out_channels} must be '
+                         f'divisible by groups={groups}')
+    if channels != in_per_group * groups:
+        raise ValueError(f'input has {channels} channels, but the weight of shape '
+                         f'{tuple(weight.shape)} with groups={groups} takes '
+                         f'{in_per_group * groups}')
+    if bias is not None and bias.shape != (out_channels, ):
+        raise ValueError(f'bias must have shape ({out_channels},), got {tuple(bias.shape)}')
+
+
+def expected_moments_factor(dropout_p: float, unit_size: int) -> float:
+    """Factor a of E[var] = a * E2 - mean ** 2 under dropout of the statistics.
+
+    With inverted dropout (keep 1 - p, scale q = 1 / (1 - p)) the second moment grows by q
+    and the variance of the mean itself takes p / K of it away, K = ``unit_size``.
+    """
+    return (1 - dropout_p / unit_size) / (1 - dropout_p)
+
+
+def pad(input: Tensor, geometry: Geometry) -> Tensor:
+    """Zero-pads (N, C, H, W) on its four sides; the input itself where there is nothing to pad."""
+    if any(geometry.padding):
+        return torch.nn.functional.pad(input, geometry.padding)
+    return input

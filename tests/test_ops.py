@@ -1,0 +1,351 @@
+import golden
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mmseg_kn.ops import fused, kernel_norm2d, kn_conv2d
+from mmseg_kn.ops.geometry import make_geometry
+
+IMPLS = ('reference', 'fused')
+# One of each: dilation, groups, strides, 4-sided padding, kernels from 1x1 to 7x7.
+OPTIONS = [
+    dict(kernel=3, padding=1),
+    dict(kernel=1),
+    dict(kernel=2, padding=(2, 0, 0, 1)),
+    dict(kernel=7, padding=3, stride=2),
+    dict(kernel=3, padding=2, dilation=2),
+    dict(kernel=(3, 2), padding=(1, 2), stride=(2, 1), dilation=(1, 2)),
+    dict(kernel=(2, 3), padding=(1, 2, 0, 3), stride=(1, 2), dilation=(2, 1), groups=2),
+    dict(kernel=3, padding='same', dilation=2, groups=4),
+]
+
+
+def make_case(kernel=3, groups=1, dtype=torch.float64, channels=4, out=8, size=(11, 9), **options):
+    torch.manual_seed(0)
+    kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
+    x = torch.randn(2, channels, *size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(out, channels // groups, kh, kw, dtype=dtype, requires_grad=True)
+    bias = torch.randn(out, dtype=dtype, requires_grad=True)
+    return (x, weight, bias), dict(groups=groups, **options)
+
+
+def run(inputs, impl, **options):
+    """Output and gradients under a fixed upstream gradient."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = kn_conv2d(*leaves, impl=impl, **options)
+    y.backward(golden.signal(y.shape, seed=1).to(y.dtype))
+    return [y.detach(), *(t.grad for t in leaves)]
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('name', golden.KN_CONV)
+def test_kn_conv2d_equals_the_authors(name, impl):
+    case = golden.KN_CONV[name]
+    c, o, kernel, stride, padding, groups, has_bias = case['args']
+    x = golden.signal((2, c, 11, 9)).requires_grad_()
+    weight = golden.parameter(f'{name}.weight', (o, c // groups, *kernel)).requires_grad_()
+    bias = golden.parameter(f'{name}.bias', (o, )).requires_grad_() if has_bias else None
+    y = kn_conv2d(x, weight, bias, stride, padding, groups=groups, impl=impl)
+    y.backward(golden.signal(y.shape, seed=1))
+    results = dict(y=y, grad_x=x.grad, grad_weight=weight.grad)
+    if has_bias:
+        results['grad_bias'] = bias.grad
+    for key, value in results.items():
+        assert golden.fingerprint(value) == pytest.approx(case[key], abs=1e-9, rel=1e-9), key
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('name', golden.KERNEL_NORM)
+def test_kernel_norm2d_equals_the_authors(name, impl):
+    case = golden.KERNEL_NORM[name]
+    x = golden.signal((2, 5, 9, 8)).requires_grad_()
+    y = kernel_norm2d(x, *case['args'], impl=impl)
+    y.backward(golden.signal(y.shape, seed=1))
+    assert golden.fingerprint(y) == pytest.approx(case['y'], abs=1e-9, rel=1e-9)
+    assert golden.fingerprint(x.grad) == pytest.approx(case['grad_x'], abs=1e-9, rel=1e-9)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_evaluation_is_the_mean_of_training_passes(impl):
+    weight = golden.parameter('expect.weight', (8, 16, 3, 3)).float()
+    bias = golden.parameter('expect.bias', (8, )).float()
+    x = golden.signal((1, 16, 12, 12), seed=3).float().relu()
+    y = kn_conv2d(x, weight, bias, padding=1, dropout_p=0.25, impl=impl)
+    plain = kn_conv2d(x, weight, bias, padding=1, impl=impl)
+    centre = torch.tensor(golden.EXPECT_CENTRE)
+    corner = torch.tensor(golden.EXPECT_CORNER)
+
+    def error(y):
+        return torch.cat([y[0, :, 5, 5] - centre, y[0, 0, 0, :4] - corner]).abs().mean()
+
+    assert error(y) < 0.02
+    assert error(plain) > 10 * error(y)
+    assert torch.equal(y, kn_conv2d(x, weight, bias, padding=1, dropout_p=0.25, impl=impl))
+
+
+@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
+@pytest.mark.parametrize('options', OPTIONS)
+def test_fused_equals_reference(options, dropout_p):
+    inputs, options = make_case(**options)
+    expected = run(inputs, 'reference', dropout_p=dropout_p, **options)
+    actual = run(inputs, 'fused', dropout_p=dropout_p, **options)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('options', OPTIONS)
+def test_dropout_of_the_statistics_by_definition(options, channels_last, monkeypatch):
+    """With fused's own mask handed to the definition, both agree."""
+    inputs, options = make_case(**options)
+    if channels_last:
+        inputs = (inputs[0].detach().contiguous(memory_format=torch.channels_last), *inputs[1:])
+    drawn = []
+    draw = fused.Dropped.draw
+    monkeypatch.setattr(fused.Dropped, 'draw',
+                        staticmethod(lambda x, p: drawn.append((x, draw(x, p))) or drawn[-1][1]))
+    actual = run(inputs, 'fused', dropout_p=0.3, training=True, **options)
+    (x, dropped), = drawn
+    scale = torch.full_like(x, 1 / 0.7)
+    fused._flat(scale)[dropped.index.long()] = 0
+    left, right, top, bottom = make_geometry(inputs[1].shape[2:], options.get('stride', 1),
+                                             options['padding'] if 'padding' in options else 0,
+                                             options.get('dilation', 1)).padding
+    # fused pads beforehand only where the sides differ
+    if x.shape == inputs[0].shape:
+        scale = F.pad(scale, (left, right, top, bottom))
+    monkeypatch.setattr(F, 'dropout', lambda input, p: input * scale)
+    expected = run(inputs, 'reference', dropout_p=0.3, training=True, **options)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_dropout_rate_and_independence():
+    x = torch.empty(4, 64, 50, 50)
+    for p in (1e-4, 0.05, 0.5):
+        torch.manual_seed(0)
+        index = fused.Dropped.draw(x, p).index.long()
+        assert (index.diff() > 0).all() and 0 <= index[0] and index[-1] < x.numel()
+        sigma = (x.numel() * p * (1 - p))**0.5
+        assert abs(index.numel() - x.numel() * p) < 4 * sigma
+        mask = torch.zeros(x.numel())
+        mask[index] = 1
+        pairs = (mask[1:] * mask[:-1]).sum()  # neighbours drop together at rate p * p
+        assert abs(pairs - x.numel() * p * p) < 4 * (x.numel() * p * p)**0.5 + 4
+
+
+GRADCHECKS = [
+    dict(padding=2, dilation=2, dropout_p=0.2, training=True),
+    dict(kernel=(2, 3), groups=2, padding=(1, 2, 0, 3), stride=(1, 2), dilation=(2, 1),
+         dropout_p=0.3, training=True),
+    dict(padding=1, dropout_p=0.2),
+    dict(kernel=2, groups=2, stride=2, dropout_p=0.2),
+    dict(padding=1, groups=2),
+]
+
+
+@pytest.mark.parametrize('options', GRADCHECKS)
+def test_gradcheck(options):
+    inputs, options = make_case(out=4, size=(5, 6), **options)
+
+    def seeded(*inputs):
+        torch.manual_seed(1)
+        return kn_conv2d(*inputs, **options)
+
+    assert torch.autograd.gradcheck(seeded, inputs)
+
+
+@pytest.mark.parametrize('options', [
+    dict(kernel_size=1, dropout_p=0.1, training=True),
+    dict(kernel_size=(3, 2), stride=(2, 1), padding=(1, 0, 2, 1), dropout_p=0.25, training=True),
+    dict(kernel_size=2, stride=2, dropout_p=0.25),
+])
+def test_gradcheck_kernel_norm2d(options):
+    x = make_case(size=(5, 6))[0][0]
+
+    def seeded(x):
+        torch.manual_seed(1)
+        return kernel_norm2d(x, **options)
+
+    assert torch.autograd.gradcheck(seeded, (x, ))
+    if not options.get('training'):
+        torch.testing.assert_close(seeded(x), kernel_norm2d(x, impl='reference', **options))
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_within_twice_torchs_own(dtype, relu):
+    (x, weight, bias), _ = make_case(channels=64, out=48, size=(24, 24))
+    inputs = [(x.relu() if relu else x).to(dtype), (weight / 24).to(dtype), bias.to(dtype)]
+
+    def conv_norm(inputs, dtype):
+        x, weight, bias = (t.detach().to(dtype).requires_grad_() for t in inputs)
+        y = F.group_norm(F.conv2d(x, weight, padding=1), 1) + bias.view(1, -1, 1, 1)
+        y.backward(golden.signal(y.shape, seed=1).to(dtype))
+        return [y.detach(), x.grad, weight.grad, bias.grad]
+
+    doubles = [t.detach().double() for t in inputs]
+    expected = run(doubles, 'reference', padding=1)
+    bounds = [relative_error(a, e) for a, e in zip(
+        conv_norm(inputs, dtype), conv_norm(doubles, torch.float64), strict=True)]
+    for a, e, bound in zip(run(inputs, 'fused', padding=1), expected, bounds, strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a, e) <= 2 * bound
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_autocast(impl):
+    (x, weight, bias), options = make_case(dtype=torch.float32, padding=1)
+    offset = (x.detach() + 100).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        y = kn_conv2d(x, weight, bias, impl=impl, **options)
+        y_offset = kn_conv2d(offset, weight, bias, impl=impl, **options)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+    expected = kn_conv2d(x.double(), weight.double(), bias.double(), **options)
+    assert relative_error(y, expected) < 0.02
+    # Statistics in bfloat16 (8 bits) would lose a deviation of 1 from a mean of 100 altogether.
+    rounded = offset.bfloat16().double()
+    expected = kn_conv2d(rounded, weight.double(), bias.double(), **options)
+    assert relative_error(y_offset[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1]) < 0.05
+
+
+@pytest.mark.parametrize('layout', ['channels_last', 'strided', 'expanded'])
+def test_memory_layouts(layout):
+    inputs, options = make_case(padding=1)
+    x = inputs[0].detach()
+    x = {
+        'channels_last': lambda: x.contiguous(memory_format=torch.channels_last),
+        'strided': lambda: x.repeat_interleave(2, 3)[..., ::2],
+        'expanded': lambda: x[:1].expand(2, -1, -1, -1),
+    }[layout]()
+    assert not x.is_contiguous()
+    expected = run((x.contiguous(), *inputs[1:]), 'reference', **options)
+    for a, e in zip(run((x, *inputs[1:]), 'fused', **options), expected, strict=True):
+        torch.testing.assert_close(a, e)
+    dropped = run((x, *inputs[1:]), 'fused', dropout_p=0.1, training=True, **options)
+    assert all(value.isfinite().all() for value in dropped)
+
+
+def test_inplace_activation_after_it():
+    inputs, options = make_case(padding=1)
+
+    def gradients(activation):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        activation(kn_conv2d(*leaves, **options)).square().sum().backward()
+        return [t.grad for t in leaves]
+
+    for a, b in zip(gradients(torch.relu_), gradients(torch.relu), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing_draws_the_same_dropout():
+    inputs, options = make_case(padding=1)
+
+    def gradients(call):
+        torch.manual_seed(3)
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        call(lambda *t: kn_conv2d(*t, dropout_p=0.3, training=True, **options), *leaves
+             ).square().sum().backward()
+        return [t.grad for t in leaves]
+
+    plain = gradients(lambda f, *t: f(*t))
+    recomputed = gradients(lambda f, *t: checkpoint(f, *t, use_reentrant=False))
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('value', [255., 254.3, 0., 3e4, 1e30, 1e-30])
+def test_constant_input_gives_the_bias(value, dtype):
+    if value > torch.finfo(dtype).max:
+        pytest.skip('beyond the dtype')
+    inputs, _ = make_case(channels=64, dtype=dtype)
+    inputs = (torch.full_like(inputs[0], value), *inputs[1:])
+    y, *grads = run(inputs, 'fused')
+    torch.testing.assert_close(y, inputs[2].detach().view(1, -1, 1, 1).expand_as(y))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+def test_very_small_and_large_inputs_stay_finite(scale, training):
+    inputs, options = make_case(dtype=torch.float32, padding=1)
+    inputs = (inputs[0] * scale, *inputs[1:])
+    for value in run(inputs, 'fused', dropout_p=0.05, training=training, **options):
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('shape', [(0, 4, 6, 5), (2, 4, 1, 1)])
+@pytest.mark.filterwarnings('ignore:var_mean')
+def test_empty_batch_and_single_pixel(shape, impl):
+    _, weight, bias = make_case(kernel=1)[0]
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for y in (kn_conv2d(x, weight, bias, dropout_p=0.05, training=True, impl=impl),
+              kernel_norm2d(x, dropout_p=0.05, training=True, impl=impl)):
+        assert y.shape[0] == shape[0] and y.shape[2:] == shape[2:]
+        y.sum().backward()
+    assert x.grad.shape == shape and weight.grad.isfinite().all()
+
+
+def test_batch_independence():
+    inputs, options = make_case(padding=1)
+    x, *parameters = inputs
+    y, dx, dweight, dbias = run(inputs, 'fused', dropout_p=0.1, **options)
+    alone = [run((row[None], *parameters), 'fused', dropout_p=0.1, **options)[0] for row in x]
+    torch.testing.assert_close(y, torch.cat(alone), atol=1e-12, rtol=0)
+
+    def loss_gradient(x):
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+        kn_conv2d(*leaves, dropout_p=0.1, **options).square().mean().backward()
+        return leaves[1].grad
+
+    mean_of_two = (loss_gradient(x[:1]) + loss_gradient(x[1:])) / 2
+    torch.testing.assert_close(loss_gradient(x), mean_of_two, atol=1e-12, rtol=0)
+
+
+def test_box_sum_transpose_is_the_adjoint():
+    geometry = make_geometry((3, 2), (2, 1), (1, 2, 0, 3), (1, 2))
+    a = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    b = torch.randn(2, 3, *geometry.output_size(9, 8), dtype=torch.float64)
+    left = (fused.box_sum(a, geometry) * b).sum()
+    right = (a * fused.box_sum_transpose(b, geometry, 9, 8)).sum()
+    torch.testing.assert_close(left, right)
+
+
+X = torch.zeros(1, 4, 8, 8)
+W = torch.zeros(6, 4, 3, 3)
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: kn_conv2d(X[0], W), r'4-D .*\(4, 8, 8\)'),
+    (lambda: kn_conv2d(X.byte(), W), 'floating point, got torch.uint8'),
+    (lambda: kn_conv2d(X[..., :2], W), r'larger than the padded input 8 x 2'),
+    (lambda: kn_conv2d(X, W, dilation=4), r'dilation=\(4, 4\) is larger'),
+    (lambda: kn_conv2d(X, W[:, :3]), 'input has 4 channels'),
+    (lambda: kn_conv2d(X, W, groups=4), 'out_channels=6 must be divisible by groups=4'),
+    (lambda: kn_conv2d(X, W, torch.zeros(4)), r'bias must have shape \(6,\), got \(4,\)'),
+    (lambda: kn_conv2d(X, W, dropout_p=1.0), r'dropout_p must be in \[0, 1\), got 1.0'),
+    (lambda: kn_conv2d(X, W, dropout_p=-0.1), 'dropout_p must be'),
+    (lambda: kn_conv2d(X, W, eps=0), 'eps must be > 0'),
+    (lambda: kn_conv2d(X, W[0]), 'weight must be 4-D'),
+    (lambda: kn_conv2d(X, W.double()), 'one dtype, got torch.float32 and torch.float64'),
+    (lambda: kn_conv2d(X, W, stride=0), 'stride must be .* got 0'),
+    (lambda: kn_conv2d(X, W, padding=(1, 2, 3)), r'padding must be .* got \(1, 2, 3\)'),
+    (lambda: kn_conv2d(X, W, padding=(0, 0, 0, -1)), 'padding must be'),
+    (lambda: kn_conv2d(X, W, padding='reflect'), "padding must be .* got 'reflect'"),
+    (lambda: kn_conv2d(X, W, padding='same', stride=2), "padding='same' needs stride 1"),
+    (lambda: kn_conv2d(X, W, impl='cudnn'), "impl must be one of .* got 'cudnn'"),
+    (lambda: kernel_norm2d(X, kernel_size=9), 'larger than the padded input 8 x 8'),
+    (lambda: kernel_norm2d(X, kernel_size=(1, 2, 3)), 'kernel_size must be'),
+])
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
