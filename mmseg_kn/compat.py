@@ -1,0 +1,271 @@
+"""Works around what is broken in the installed OpenMMLab stack; `setup()` does all of it.
+
+Two stacks are supported: the official one (mmsegmentation 1.2.2, mmengine 0.10.7, mmcv or
+mmcv-lite 2.1.0) and the maintained fork (onedl-mmsegmentation 1.4, the same import names).
+On both, no checkpoint is unpickled freely: reading one never runs code that it carries.
+"""
+
+import errno
+import functools
+import importlib
+import os
+import pickle
+import re
+import sys
+import types
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+_INSTALL = 'pip install "mmseg_kn[lite]" (no compiled ops), "mmseg_kn[mmcv]" or "mmseg_kn[onedl]"'
+
+
+def setup():
+    """Checks the stack, lets mmseg import without compiled ops, secures checkpoint loading.
+
+    Called when mmseg_kn is imported; calling it again changes nothing.
+    """
+    version = _import_stack()
+    if version < (1, 3):  # the official mmsegmentation ended at 1.2.2
+        _check_undeclared()
+        _import_ops()
+    _register_loaders()
+
+
+def _import_stack():
+    """Imports mmengine, mmcv and mmseg, or says in one line what to install.
+
+    Returns mmseg's (major, minor). mmseg 1.2.2 checks mmcv's version in a bare assert.
+    """
+    for name in ('mmengine', 'mmcv', 'mmseg'):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise ImportError(f'mmseg_kn needs {name}, which is missing: {_INSTALL}') from None
+        except AssertionError:
+            found = ' and '.join(f'{n} {sys.modules[n].__version__}' for n in ('mmcv', 'mmengine'))
+            raise ImportError(
+                f'the installed {name} refuses {found}; mmsegmentation 1.2.2 needs '
+                f'mmcv >= 2.0, < 2.2 and mmengine < 1.0: {_INSTALL}'
+            ) from None
+    return tuple(int(part) for part in module.__version__.split('.')[:2])
+
+
+def _check_undeclared():
+    """mmsegmentation 1.2.2 imports ftfy and regex in mmseg.models and does not declare them."""
+    for name in ('ftfy', 'regex'):
+        if find_spec(name) is None:
+            raise ImportError(
+                f'mmsegmentation 1.2.2 needs {name}, which is missing: pip install {name}, '
+                f'or everything at once: {_INSTALL}'
+            )
+
+
+def _import_ops():
+    """Imports mmcv.ops although mmcv-lite has no compiled `mmcv._ext`.
+
+    mmseg 1.2.2 imports mmcv.ops unconditionally (san_head.py, focal_loss.py). The stand-in
+    leaves sys.modules at once: mmengine's mmcv_full_available() looks there and must say no.
+    """
+    if find_spec('mmcv._ext') is not None:
+        return
+    extension = types.ModuleType('mmcv._ext')
+    extension.__getattr__ = _missing_op
+    # Called by mmcv.utils.collect_env, whose own word for "not compiled" this is.
+    extension.get_compiler_version = extension.get_compiling_cuda_version = lambda: 'n/a'
+    sys.modules['mmcv._ext'] = extension
+    try:
+        importlib.import_module('mmcv.ops')
+    finally:
+        del sys.modules['mmcv._ext']
+
+
+def _missing_op(name):
+    """Stands for any function of the compiled extension; raises when it is called."""
+    if name.startswith('__'):
+        raise AttributeError(name)
+
+    def op(*args, **kwargs):
+        raise RuntimeError(
+            f'the op {name!r} of mmcv.ops is compiled code, which mmcv-lite lacks. Install the '
+            'compiled mmcv: pip uninstall mmcv-lite, then pip install "mmseg_kn[mmcv]"'
+        )
+
+    return op
+
+
+def _register_loaders():
+    """Replaces each place where mmengine unpickles a checkpoint freely, or fails on its own.
+
+    * Local files: with torch >= 2.6 mmengine 0.10.7 cannot read its own training checkpoints
+      (numpy and HistoryBuffer in `message_hub`), so tools/test.py and --resume fail.
+    * URLs, hence torchvision://, open-mmlab:// and mmcls://: torch.hub, which mmengine calls
+      on both stacks, still defaults to weights_only=False and runs whatever the file holds.
+    * The fork's _safe_torch_load: retries with weights_only=False what torch has refused.
+    """
+    from mmengine.runner import checkpoint
+
+    checkpoint.CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+    checkpoint.load_url = _load_url
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = _load_file
+
+
+def load_from_local(filename, map_location=None):
+    """Loads a local checkpoint. mmengine logs the name of this function from 'local' on."""
+    filename = os.path.expanduser(filename)
+    if os.path.isdir(filename):
+        raise ValueError(f'{filename} is a directory, not a checkpoint; name the .pth file in it')
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f'{filename} can not be found.')
+    return _load_file(filename, map_location)
+
+
+def _load_file(file, map_location=None):
+    """Loads a checkpoint from a path, or from a file object in memory (the fork's s3://)."""
+    name = file if isinstance(file, str) else 'the downloaded checkpoint'
+    return _load(name, lambda: torch.load(file, map_location=map_location, weights_only=True))
+
+
+def _load_url(url, model_dir=None, **kwargs):
+    """torch.hub.load_state_dict_from_url without free unpickling."""
+    folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
+    load = functools.partial(torch.hub.load_state_dict_from_url, url, model_dir, **kwargs)
+    return _load(f'{url} (kept in {folder})', lambda: load(weights_only=True))
+
+
+def _load(name, read):
+    """Returns what read() loads under our safe globals; a bad file becomes a ValueError."""
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            return _without_source(_plain(read()))
+    except pickle.UnpicklingError as error:
+        # torch wraps its reason in the advice to switch the protection off: take the reason.
+        reason = str(error.__context__ or error)
+        if not reason.startswith('Unsupported operand'):
+            asked = re.search(r'GLOBAL (\S+)', reason)
+            asked = f'the global {asked[1]}' if asked else reason
+            raise ValueError(
+                f'{name} was refused: its pickle holds more than plain data ({asked}), which '
+                'could run code. Get a file that holds only weights and plain values; or, if you '
+                'trust its maker, allow that global with torch.serialization.add_safe_globals'
+            ) from None
+    except Exception as error:  # a damaged pickle can raise anything
+        if _is_not_the_file(error):
+            raise
+        reason = f'{type(error).__name__}: {error}'.split('\n')[0].split('. ')[0]
+    raise ValueError(
+        f'{name} is damaged or not a checkpoint ({reason}); resume from an older one, or '
+        'download it again'
+    )
+
+
+def _is_not_the_file(error):
+    """Whether the system, the network or the device is to blame: such errors pass unchanged."""
+    if isinstance(error, OSError):
+        return error.errno != errno.EINVAL  # what seeking by a damaged offset gives
+    absent = 'map_location' in str(error) or 'restore data location' in str(error)
+    return absent or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _without_source(checkpoint):
+    """Drops meta['config'], which Runner.resume runs as Python to compare numbers of GPUs.
+
+    mmcv 1.x wrote it; mmengine writes meta['cfg'] and does not run that when it resumes.
+    """
+    # Subscripts only: a pickled OrderedDict may bring its own `get` and `pop`.
+    meta = checkpoint['meta'] if isinstance(checkpoint, dict) and 'meta' in checkpoint else None
+    if isinstance(meta, dict) and 'config' in meta:
+        del meta['config']
+    return checkpoint
+
+
+class _SavedDtype:
+    """Stands for numpy.dtype in a checkpoint: numbers, booleans, text; no objects, no fields.
+
+    numpy's own dtypes and arrays are not let near a pickle: a crafted dtype state makes numpy
+    take bytes of the file for object pointers.
+    """
+
+    def __init__(self, code, align=False, copy=False):
+        if not re.fullmatch(r'b1|[iufcSU]\d+', code):
+            raise pickle.UnpicklingError(f'a numpy array or scalar of dtype {code!r}')
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.value = self.value.newbyteorder(state[1])
+
+
+class _SavedArray:
+    """Stands for numpy.ndarray and, called, for its `_reconstruct`; `_plain` unwraps it."""
+
+    def __init__(self, kind, shape, code):
+        pass  # an empty array; the pickle's BUILD brings the contents
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        self.value = _array(shape, dtype, data, 'F' if fortran else 'C')
+
+
+def _saved_scalar(dtype, data):
+    return _array((), dtype, data)[()]
+
+
+def _array(shape, dtype, data, order='C'):
+    if not isinstance(dtype, _SavedDtype):
+        raise pickle.UnpicklingError('a numpy array or scalar with a crafted dtype')
+    return np.ndarray(shape, dtype.value, data, order=order).copy('K')
+
+
+def _plain(value):
+    """Replaces the stand-ins in the containers that checkpoints consist of."""
+    if isinstance(value, (_SavedArray, _SavedDtype)):
+        return value.value
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _plain(value[key])
+    elif type(value) is list:
+        value[:] = map(_plain, value)
+    elif type(value) is tuple:
+        return tuple(map(_plain, value))
+    return value
+
+
+@functools.cache
+def _safe_globals():
+    """What mmengine's checkpoints need beyond torch's own list, each as a harmless stand-in."""
+    from mmengine.logging import HistoryBuffer
+
+    class SavedHistory(HistoryBuffer):
+        """Takes values only: mmengine would let the file replace methods of all buffers."""
+
+        def __setstate__(self, state):
+            values = {key: state[key] for key in ('max_length', '_log_history', '_count_history')}
+            if set(state) - set(values) - {'statistics_methods'}:
+                raise pickle.UnpicklingError(f'a HistoryBuffer with attributes {sorted(state)}')
+            # From here on it is an ordinary HistoryBuffer, and saved again as one.
+            self.__class__ = HistoryBuffer
+            self.__setstate__(_plain(values))
+
+    def saved_getattr(owner, name):
+        # Buffers name their statistics this way. They set their own, so a name will do.
+        if owner is SavedHistory and name in ('min', 'max', 'current', 'mean'):
+            return name
+        raise pickle.UnpicklingError(f'GLOBAL builtins.getattr (of {name!r})')
+
+    # numpy 1.x and 2.x write different module names.
+    arrays = [
+        (function, f'numpy.{core}.multiarray.{name}')
+        for core in ('core', '_core')
+        for function, name in ((_SavedArray, '_reconstruct'), (_saved_scalar, 'scalar'))
+    ]
+    return arrays + [
+        (_SavedArray, 'numpy.ndarray'),
+        (_SavedDtype, 'numpy.dtype'),
+        (bytes, 'builtins.bytes'),  # the data of an empty array
+        (SavedHistory, 'mmengine.logging.history_buffer.HistoryBuffer'),
+        (saved_getattr, 'builtins.getattr'),
+    ]
