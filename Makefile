@@ -1,0 +1,44 @@
+# make demo: street scenes, training, mIoU and a picture. make test: the tests. make lint: ruff.
+# Each installs what it needs into .venv first. Another torch: make TORCH='torch>=2.6' ...
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+DEMO_CONFIG := configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x256.py
+DEMO_DATA := data/toy_cityscapes
+DEMO_WORK := work_dirs/demo
+
+.PHONY: demo test test-onedl lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/dataset_converters/toy_cityscapes.py $(DEMO_DATA) --workers 2 --force
+	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_WORK)
+	$(BIN)/python tools/test.py $(DEMO_CONFIG) $(DEMO_WORK)/iter_600.pth --work-dir $(DEMO_WORK)
+	$(BIN)/python tools/analysis_tools/compare_predictions.py $(DEMO_CONFIG) \
+	    $(DEMO_WORK)/iter_600.pth --out $(DEMO_WORK)/scenes.png
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# The same plugin on the maintained fork, which owns the same import names.
+test-onedl: $(VENV)-onedl/.installed
+	$(VENV)-onedl/bin/python -m pytest tests/test_compat.py tests/test_tools.py
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) $(VENV)-onedl $(DEMO_DATA) $(DEMO_WORK)
+
+$(VENV)/.installed: EXTRAS := lite,test,lint
+$(VENV)-onedl/.installed: EXTRAS := onedl,test
+# KN models need no compiled op of the fork's mmcv.
+$(VENV)-onedl/.installed: export MMCV_WITH_OPS := 0
+
+%/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --upgrade pip
+	$*/bin/python -m pip install '$(TORCH)'
+	$*/bin/python -m pip install -e '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,7 @@
+"""Evaluates a segmentor: mmseg's tools/test.py with mmseg_kn imported. See --help."""
+import mmseg_script
+
+import mmseg_kn  # noqa: F401
+
+if __name__ == '__main__':
+    mmseg_script.run('test.py')
