@@ -178,14 +178,15 @@ class KNResNet(BaseModule):
         previous = arch.stem
         for i, (channels, inner, num_blocks) in enumerate(
                 zip(arch.channels, arch.inner, arch.blocks, strict=True)):
+            last = i == NUM_STAGES - 1
+            pointwise = arch.bottleneck and last
+            grid = multi_grid if multi_grid and last else [dilations[i]] * num_blocks
             layers = []
-            pointwise = arch.bottleneck and i == NUM_STAGES - 1
             if i > 0:
                 layers.append(
                     Transition(previous, channels, 1 if pointwise else 2, pad_first=i != 2,
                                stride=strides[i], dilation=dilations[i - 1],
                                dropout_p=dropout_p))
-            grid = multi_grid if multi_grid and i == NUM_STAGES - 1 else [dilations[i]] * num_blocks
             layers += [
                 Block(channels, inner, (1, 3, 1) if pointwise else kernels, dilation, dropout_p,
                       with_cp, zero_init_residual) for dilation in grid

@@ -1,19 +1,18 @@
 """Draws image, truth and prediction of a few test images side by side, with a legend."""
 import argparse
 
-import matplotlib
+import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 
-import mmseg_kn  # noqa: F401
-from mmseg.apis import init_model  # isort: skip (beside mmcv-lite, mmseg needs mmseg_kn first)
-from mmseg.registry import DATASETS  # isort: skip
+import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+# isort: split
+from mmseg.apis import init_model
+from mmseg.registry import DATASETS
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +39,7 @@ def colourize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     args = parse_args()
+    plt.switch_backend('Agg')  # needs no screen
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)

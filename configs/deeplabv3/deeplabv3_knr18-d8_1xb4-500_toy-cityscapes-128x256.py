@@ -12,15 +12,16 @@ model = dict(
     # dilations for a map of 16 x 32
     decode_head=dict(in_channels=724, channels=64, dilations=(1, 3, 6, 9)),
     auxiliary_head=dict(in_channels=512, channels=64))
-optim_wrapper = dict(optimizer=dict(lr=0.02))
+optim_wrapper = dict(optimizer=dict(lr=0.1))
 param_scheduler = [
     dict(
         type='PolyLR',
         eta_min=1e-4,
         power=0.9,
         begin=0,
-        end=400,
+        end=500,
         by_epoch=False)
 ]
-train_cfg = dict(max_iters=400, val_interval=200)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=200))
+train_cfg = dict(max_iters=500, val_interval=250)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=250))
+randomness = dict(seed=0)
