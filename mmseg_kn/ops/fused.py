@@ -212,8 +212,8 @@ class _KNConv2d(torch.autograd.Function):
         scale = moments.rstd if dropped else moments.rstd * moments.live
         scale = scale.unsqueeze(1).to(acc)
         y = z * scale if bias is None else torch.addcmul(_per_channel(bias.to(acc)), z, scale)
-        ctx.save_for_backward(x, weight, kernel, z.to(x.dtype), *moments,
-                              None if dropped is None else dropped.index)
+        ctx.save_for_backward(x, weight, kernel, z.to(x.dtype), moments.mean, moments.rstd,
+                              moments.live, None if dropped is None else dropped.index)
         ctx.geometry, ctx.groups, ctx.centred = geometry, groups, centred
         ctx.factor, ctx.scale = factor, dropped.scale if dropped else 1.0
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -222,7 +222,7 @@ class _KNConv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, kernel, z, mean, rstd, _, live, index = ctx.saved_tensors
+        x, weight, kernel, z, mean, rstd, live, index = ctx.saved_tensors
         dropped = None if index is None else Dropped(index, ctx.scale)
         geometry, acc = ctx.geometry, _accumulate_dtype(x.dtype)
         grad = grad.to(acc)
