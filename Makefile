@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-DEMO_CONFIG := configs/deeplabv3/deeplabv3_knr18-d8_1xb4-500_toy-cityscapes-128x256.py
+DEMO_CONFIG := configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x256.py
 DEMO_DATA := data/toy_cityscapes
 DEMO_WORK := work_dirs/demo
 
@@ -14,9 +14,9 @@ DEMO_WORK := work_dirs/demo
 demo: $(VENV)/.installed
 	$(BIN)/python tools/dataset_converters/toy_cityscapes.py $(DEMO_DATA) --workers 2 --force
 	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_WORK)
-	$(BIN)/python tools/test.py $(DEMO_CONFIG) $(DEMO_WORK)/iter_500.pth --work-dir $(DEMO_WORK)
+	$(BIN)/python tools/test.py $(DEMO_CONFIG) $(DEMO_WORK)/iter_600.pth --work-dir $(DEMO_WORK)
 	$(BIN)/python tools/analysis_tools/compare_predictions.py $(DEMO_CONFIG) \
-	    $(DEMO_WORK)/iter_500.pth --out $(DEMO_WORK)/scenes.png
+	    $(DEMO_WORK)/iter_600.pth --out $(DEMO_WORK)/scenes.png
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -91,7 +91,8 @@ def _missing_op(name):
     def op(*args, **kwargs):
         raise RuntimeError(
             f'the op {name!r} of mmcv.ops is compiled code, which mmcv-lite lacks. Install the '
-            'compiled mmcv: pip uninstall mmcv-lite, then pip install "mmseg_kn[mmcv]"'
+            'compiled mmcv in its place, extra "mmseg_kn[mmcv]": see "Choosing a stack" in the '
+            'README'
         )
 
     return op

@@ -1,12 +1,20 @@
 """Cityscapes as mmseg reads it, refused at the start if images or labels are missing."""
 import os.path as osp
 
+from mmcv.transforms import LoadAnnotations
 from mmengine import fileio
 from mmseg.datasets import CityscapesDataset
 from mmseg.registry import DATASETS
 
 _REMEDY = ('set data_root, e.g. --cfg-options train_dataloader.dataset.data_root=... '
            'val_dataloader.dataset.data_root=... test_dataloader.dataset.data_root=...')
+
+
+def _loads_labels(transforms) -> bool:
+    """Whether a pipeline reads label files, in a branch of test-time augmentation too."""
+    return any(
+        isinstance(t, LoadAnnotations) or _loads_labels(getattr(t, 'transforms', ())) or
+        _loads_labels(getattr(t, 'subroutines', ())) for t in transforms)
 
 
 @DATASETS.register_module()
@@ -16,8 +24,8 @@ class KNCityscapesDataset(CityscapesDataset):
     mmseg finds a missing label when a worker loads it, and an empty folder not at all.
 
     Raises:
-        ValueError: The image folder is missing or empty, or a label file is missing; names
-            the path and the remedy.
+        ValueError: The image folder is missing or empty, or a label file that the pipeline
+            loads is missing; names the path and the remedy.
     """
 
     def load_data_list(self) -> list[dict]:
@@ -29,7 +37,7 @@ class KNCityscapesDataset(CityscapesDataset):
             raise ValueError(f'no image *{self.img_suffix} in {img_dir}: check img_suffix, or '
                              f'{_REMEDY}')
         ann_dir = self.data_prefix.get('seg_map_path')
-        if ann_dir:
+        if ann_dir and _loads_labels(self.pipeline.transforms):
             self._check_labels(data_list, ann_dir)
         return data_list
 
@@ -46,4 +54,5 @@ class KNCityscapesDataset(CityscapesDataset):
             raise ValueError(
                 f'{len(missing)} of {len(data_list)} label files are missing, e.g. {missing[0]}: '
                 "mmseg's tools/dataset_converters/cityscapes.py makes *_labelTrainIds.png from "
-                f"Cityscapes' polygons; for other data check seg_map_suffix, or {_REMEDY}")
+                f"Cityscapes' polygons; for other data check seg_map_path and seg_map_suffix, or "
+                f'{_REMEDY}')

@@ -128,6 +128,7 @@ class KNResNet(BaseModule):
             (1, 2, 2, 2) gives output stride 32, (1, 2, 2, 1) 16, (1, 2, 1, 1) 8.
         dilations: Of each stage's blocks, e.g. (1, 1, 2, 4) for output stride 8.
         out_indices: Stages whose output is returned; each passes KernelNorm 1x1 and relu.
+            Stages beyond the last of them are not built.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and stages 1 to i: no
             gradients, and their statistics by expectation rather than under dropout.
         with_cp: Gradient checkpointing of the blocks: less memory, more time.
@@ -170,14 +171,15 @@ class KNResNet(BaseModule):
         self.depth = depth
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
-        self.feat_dim = arch.channels[-1]
+        self.feat_dim = arch.channels[max(self.out_indices)]
 
         self.stem = KNConv2d(in_channels, arch.stem, 7, stride=2, padding=3,
                              dropout_p=dropout_p)
         kernels = (2, 3, 2) if arch.bottleneck else (2, 2)
         previous = arch.stem
-        for i, (channels, inner, num_blocks) in enumerate(
-                zip(arch.channels, arch.inner, arch.blocks, strict=True)):
+        # No stage beyond the last output: its weights would get no gradient.
+        for i in range(max(self.out_indices) + 1):
+            channels, inner, num_blocks = arch.channels[i], arch.inner[i], arch.blocks[i]
             last = i == NUM_STAGES - 1
             pointwise = arch.bottleneck and last
             grid = multi_grid if multi_grid and last else [dilations[i]] * num_blocks
@@ -200,7 +202,7 @@ class KNResNet(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = F.max_pool2d(self.stem(x), 3, stride=2, padding=1)
         outs = []
-        for i in range(NUM_STAGES):
+        for i in range(max(self.out_indices) + 1):
             x = self.get_submodule(f'layer{i + 1}')(x)
             if i in self.out_indices:
                 outs.append(F.relu(self.get_submodule(f'norm{i + 1}')(x)))
@@ -212,7 +214,7 @@ class KNResNet(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        frozen = ['stem', *(f'layer{i}' for i in range(1, NUM_STAGES + 1))]
+        frozen = ['stem', *(f'layer{i + 1}' for i in range(max(self.out_indices) + 1))]
         for name in frozen[:self.frozen_stages + 1]:
             self.get_submodule(name).eval().requires_grad_(False)
 
@@ -221,12 +223,20 @@ class KNResNet(BaseModule):
         # are skipped with a log line and training silently starts from scratch.
         given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         own = self.state_dict()
-        matching = [k for k, v in given.items() if k in own and v.shape == own[k].shape]
-        normalized = [k for k in given if k.endswith('running_mean')]
-        if given and (normalized or not matching):
-            reason = (f'it has running statistics ({prefix}{normalized[0]}), so it is a BatchNorm '
-                      'network' if normalized else
-                      f'none of its {len(given)} keys matches, e.g. {prefix}{next(iter(given))}')
+        # A stem for images of other channels may start anew.
+        absent = [k for k, v in own.items() if k != 'stem.weight' and (
+            k not in given or given[k].shape != v.shape)]
+        if given and absent:
+            statistics = [k for k in given if k.endswith('running_mean')]
+            if statistics:
+                reason = (f'it has running statistics ({prefix}{statistics[0]}), so it is a '
+                          'BatchNorm network')
+            elif not given.keys() & own.keys():
+                reason = (f'none of its {len(given)} keys matches, e.g. '
+                          f'{prefix}{next(iter(given))}')
+            else:
+                reason = (f'{len(absent)} of {len(own)} weights are missing or of another shape, '
+                          f'e.g. {prefix}{absent[0]}')
             raise ValueError(
                 f'this checkpoint does not hold weights of KNResNet-{self.depth}: {reason}. '
                 'Weights of other networks cannot be converted; use a checkpoint of a KNResNet '

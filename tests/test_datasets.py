@@ -30,8 +30,9 @@ def make_root(root, labelled=2, images=2):
 
 def build(root, **options):
     return DATASETS.build(dict(
-        type='KNCityscapesDataset', data_root=str(root), pipeline=PIPELINE,
-        data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'), **options))
+        type='KNCityscapesDataset', data_root=str(root),
+        data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
+        **{'pipeline': PIPELINE, **options}))
 
 
 def test_reads_as_mmsegs(tmp_path):
@@ -40,12 +41,12 @@ def test_reads_as_mmsegs(tmp_path):
     assert (dataset[1]['data_samples'].gt_sem_seg.data == 1).all()
 
 
-def test_labels_are_not_asked_for_without_a_label_folder(tmp_path):
+def test_labels_that_the_pipeline_does_not_load_are_not_asked_for(tmp_path):
     root = make_root(tmp_path, labelled=0)
-    dataset = DATASETS.build(dict(
-        type='KNCityscapesDataset', data_root=str(root), pipeline=PIPELINE[:1], test_mode=True,
-        data_prefix=dict(img_path='leftImg8bit/train')))
-    assert len(dataset) == 2
+    assert len(build(root, pipeline=[PIPELINE[0], PIPELINE[2]], test_mode=True)) == 2
+    tta = dict(type='TestTimeAug', transforms=[[PIPELINE[1]], [PIPELINE[2]]])
+    with pytest.raises(ValueError, match='2 of 2 label files are missing'):
+        build(root, pipeline=[PIPELINE[0], tta])
 
 
 @pytest.mark.parametrize('make, message', [

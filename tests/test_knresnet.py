@@ -1,6 +1,7 @@
 import golden
 import pytest
 import torch
+from mmengine.analysis import get_model_complexity_info
 from mmseg.models.backbones import ResNet
 from mmseg.registry import MODELS
 
@@ -137,6 +138,22 @@ def test_out_indices():
     assert torch.equal(outs[0], every[1]) and torch.equal(outs[1], every[3])
 
 
+def test_stages_beyond_the_last_output_are_not_built():
+    net = KNResNet(18, out_indices=(0, 1), frozen_stages=4)
+    assert not hasattr(net, 'layer3') and net.feat_dim == 256
+    net = KNResNet(18, out_indices=(0, 1), zero_init_residual=False)
+    sum(y.sum() for y in net(torch.rand(1, 3, 32, 32))).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_flops_are_counted():
+    net = KNResNet(18, out_indices=(0, )).eval()
+    flops = get_model_complexity_info(net, (3, 64, 64), show_table=False, show_arch=False)['flops']
+    stem = 64 * 3 * 7 * 7 * 32 * 32
+    blocks = 2 * 2 * 64 * 256 * 2 * 2 * 16.5 * 16.5
+    assert stem + 0.9 * blocks < flops < 1.2 * (stem + blocks)
+
+
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 2, 4])
 def test_frozen_stages(frozen_stages):
     net = KNResNet(18, frozen_stages=frozen_stages).train()
@@ -184,6 +201,23 @@ def test_a_batch_norm_checkpoint_is_refused(depth, tmp_path):
     with pytest.raises(ValueError, match=rf'KNResNet-{depth}: it has running statistics.*'
                        'from scratch with init_cfg=None'):
         net.init_weights()
+
+
+@pytest.mark.parametrize('depth, source', [
+    (50, lambda: ResNet(50, norm_cfg=dict(type='GN', num_groups=32))),
+    (18, lambda: KNResNet(34)),
+])
+def test_a_checkpoint_of_which_a_part_fits_is_refused(depth, source, tmp_path):
+    net = KNResNet(depth, init_cfg=save(tmp_path, source().state_dict()))
+    with pytest.raises(ValueError, match='weights are missing or of another shape, e.g. '):
+        net.init_weights()
+
+
+def test_a_stem_for_other_channels_may_start_anew(tmp_path):
+    source = KNResNet(18, zero_init_residual=False)
+    net = KNResNet(18, in_channels=5, init_cfg=save(tmp_path, source.state_dict()))
+    net.init_weights()
+    assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 
 def test_a_checkpoint_of_other_keys_is_refused(tmp_path):

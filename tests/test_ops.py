@@ -139,6 +139,16 @@ def test_dropout_rate_and_independence():
         assert abs(pairs - x.numel() * p * p) < 4 * (x.numel() * p * p)**0.5 + 4
 
 
+@pytest.mark.parametrize('p', [0.05, 1e-19])
+def test_extreme_gaps_between_dropped_elements(p, monkeypatch):
+    """CUDA may draw a gap of 0, and a tiny p one beyond int64's sum."""
+    x = torch.empty(1, 4, 6, 6)
+    if p == 0.05:
+        monkeypatch.setattr(torch.Tensor, 'geometric_', lambda self, p: self.zero_())
+    index = fused.Dropped.draw(x, p).index
+    assert (index.diff() > 0).all() and ((0 <= index) & (index < x.numel())).all()
+
+
 GRADCHECKS = [
     dict(padding=2, dilation=2, dropout_p=0.2, training=True),
     dict(kernel=(2, 3), groups=2, padding=(1, 2, 0, 3), stride=(1, 2), dilation=(2, 1),
@@ -338,6 +348,7 @@ W = torch.zeros(6, 4, 3, 3)
     (lambda: kn_conv2d(X, W[0]), 'weight must be 4-D'),
     (lambda: kn_conv2d(X, W.double()), 'one dtype, got torch.float32 and torch.float64'),
     (lambda: kn_conv2d(X, W, stride=0), 'stride must be .* got 0'),
+    (lambda: kn_conv2d(X, W, stride=1.5), 'stride must be .* got 1.5'),
     (lambda: kn_conv2d(X, W, padding=(1, 2, 3)), r'padding must be .* got \(1, 2, 3\)'),
     (lambda: kn_conv2d(X, W, padding=(0, 0, 0, -1)), 'padding must be'),
     (lambda: kn_conv2d(X, W, padding='reflect'), "padding must be .* got 'reflect'"),

@@ -12,7 +12,7 @@ import pytest
 from mmseg_kn.toy_cityscapes import generate
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb4-500_toy-cityscapes-128x256.py'
+CONFIG = ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x256.py'
 MMSEG_TOOLS = Path(mmseg.__file__).parent / '.mim/tools'
 SHORT = ['train_cfg.max_iters=4', 'train_cfg.val_interval=4', 'param_scheduler.0.end=4',
          'default_hooks.checkpoint.interval=2', 'default_hooks.logger.interval=1',

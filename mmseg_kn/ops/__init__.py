@@ -4,6 +4,7 @@ Source: R. Nasirigerdeh, R. Torkzadehmahani, D. Rueckert, G. Kaissis, "Kernel No
 Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089.
 """
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -76,13 +77,14 @@ def kn_conv2d(input: Tensor,
     check_input(input, geometry, dropout_p, eps)
     check_weight(input, weight, bias, groups)
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
     elif input.dtype != weight.dtype:
         raise ValueError(f'input and weight must have one dtype, got {input.dtype} and '
                          f'{weight.dtype}; convert one, or train under autocast')
-    with torch.autocast(device, enabled=False):
-        # implementations take the weight in its own precision: they may centre it first
+    # Implementations take the weight in its own precision: they may centre it first.
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return implementation.kn_conv2d(input, weight, bias, geometry, groups, dropout_p,
                                         training, eps)
 
@@ -122,5 +124,7 @@ def kernel_norm2d(input: Tensor,
     implementation = _implementation(impl)
     geometry = make_geometry(kernel_size, stride, padding)
     check_input(input, geometry, dropout_p, eps)
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return implementation.kernel_norm2d(input, geometry, dropout_p, training, eps)

@@ -1,12 +1,12 @@
-"""Kernel normalization in closed form, in torch ops, on any device: units are never built.
+"""Kernel normalization in closed form, in torch ops: units are never built.
 
 With s1, s2 the sums over channels of the (dropped) input and of its square, mean and second
 moment of every unit are box sums of these one-channel maps, and
 
     y = z * rstd + b,   z = conv(x, W) - mean * sum(W),   rstd = (var + eps) ** -0.5
 
-so a KNConv is one convolution, one read of x and one pass over the output. The gradients are
-closed form as well (:class:`_KNConv2d`).
+so a KNConv is one convolution and a few element-wise passes. The gradients are closed form as
+well (:class:`_KNConv2d`). The device must know float64.
 
 What keeps it accurate where |mean| >> std (bright skies, constant borders):
 
@@ -78,6 +78,8 @@ class Dropped(NamedTuple):
         count = int(expected + 6 * math.sqrt(expected)) + 16
         while last < numel - 1:
             gaps = torch.empty(count, dtype=torch.int64, device=x.device).geometric_(p)
+            # CUDA rounds to float32 and may draw 0; a tiny p overflows the sum.
+            gaps.clamp_(1, numel + 1)
             parts.append(gaps.cumsum(0) + last)
             last = int(parts[-1][-1])
         index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=x.device)
@@ -178,6 +180,30 @@ def _add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, dropped: Droppe
     return dx.to(x.dtype)
 
 
+def _normalized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
+                     groups: int, moments: Moments,
+                     dropped: Dropped | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The output y, the z of it, and the weight that the convolution took, all as ``x``."""
+    acc = _accumulate_dtype(x.dtype)
+    centred = groups == 1
+    kernel = weight - weight.mean((1, 2, 3), keepdim=True) if centred else weight
+    kernel = kernel.to(x.dtype)
+    z = F.conv2d(x, kernel, None, geometry.stride, geometry.symmetric_padding,
+                 geometry.dilation, groups).to(acc)
+    if not centred or x.dtype != acc:  # in half precision the rounded weight has a sum
+        z.addcmul_(_per_channel(kernel.sum((1, 2, 3), dtype=acc)),
+                   moments.plain_mean.unsqueeze(1).to(acc), value=-1)
+    if dropped:
+        shift = moments.mean - moments.plain_mean
+        z.addcmul_(_per_channel(weight.sum((1, 2, 3), dtype=acc)), shift.unsqueeze(1).to(acc),
+                   value=-1)
+    # Under dropout a constant unit differs from its mean, unless it is 0.
+    scale = moments.rstd if dropped else moments.rstd * moments.live
+    scale = scale.unsqueeze(1).to(acc)
+    y = z * scale if bias is None else torch.addcmul(_per_channel(bias.to(acc)), z, scale)
+    return y.to(x.dtype), z.to(x.dtype), kernel
+
+
 class _KNConv2d(torch.autograd.Function):
     """Closed-form gradients, with g = dL/dy and h = g * rstd:
 
@@ -194,30 +220,14 @@ class _KNConv2d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, geometry, groups, dropout_p, training, eps):
         x = _dense(x)
         factor, dropped = _dropout(x, geometry, dropout_p, training)
-        acc = _accumulate_dtype(x.dtype)
         moments = unit_moments(x, geometry, dropped, factor, eps)
-        centred = groups == 1
-        weight_sum = weight.sum((1, 2, 3), dtype=acc)
-        kernel = weight - weight.mean((1, 2, 3), keepdim=True) if centred else weight
-        kernel = kernel.to(x.dtype)
-        z = F.conv2d(x, kernel, None, geometry.stride, geometry.symmetric_padding,
-                     geometry.dilation, groups).to(acc)
-        if not centred or x.dtype != acc:  # in half precision the rounded weight has a sum
-            z.addcmul_(_per_channel(kernel.sum((1, 2, 3), dtype=acc)),
-                       moments.plain_mean.unsqueeze(1).to(acc), value=-1)
-        if dropped:
-            shift = moments.mean - moments.plain_mean
-            z.addcmul_(_per_channel(weight_sum), shift.unsqueeze(1).to(acc), value=-1)
-        # Under dropout a constant unit differs from its mean, unless it is 0.
-        scale = moments.rstd if dropped else moments.rstd * moments.live
-        scale = scale.unsqueeze(1).to(acc)
-        y = z * scale if bias is None else torch.addcmul(_per_channel(bias.to(acc)), z, scale)
-        ctx.save_for_backward(x, weight, kernel, z.to(x.dtype), moments.mean, moments.rstd,
-                              moments.live, None if dropped is None else dropped.index)
-        ctx.geometry, ctx.groups, ctx.centred = geometry, groups, centred
+        y, z, kernel = _normalized_conv(x, weight, bias, geometry, groups, moments, dropped)
+        ctx.save_for_backward(x, weight, kernel, z, moments.mean, moments.rstd, moments.live,
+                              None if dropped is None else dropped.index)
+        ctx.geometry, ctx.groups = geometry, groups
         ctx.factor, ctx.scale = factor, dropped.scale if dropped else 1.0
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -250,7 +260,7 @@ class _KNConv2d(torch.autograd.Function):
             dvar = (h * z).sum(1).double() * rstd.square() * live * -0.5
             dx = _add_moment_grads(
                 dx, x, geometry, dropped, -to_mean - 2 * mean * dvar, ctx.factor * dvar,
-                to_mean if ctx.centred else None)
+                to_mean if ctx.groups == 1 else None)
         return dx, dweight, dbias, None, None, None, None, None
 
 
@@ -295,19 +305,36 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
 
+def _differentiates(*tensors: Tensor | None) -> bool:
+    """Whether to go through autograd; else the ops are open to FLOP counters and exporters."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and any(
+        t is not None and t.requires_grad for t in tensors)
+
+
 def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
               groups: int, dropout_p: float, training: bool, eps: float) -> Tensor:
     """:func:`mmseg_kn.ops.kn_conv2d` in closed form."""
     if geometry.symmetric_padding is None:
         input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
-    return _KNConv2d.apply(input, weight, bias, geometry, groups, dropout_p, training, eps)
+    if _differentiates(input, weight, bias):
+        return _KNConv2d.apply(input, weight, bias, geometry, groups, dropout_p, training, eps)
+    x = _dense(input)
+    factor, dropped = _dropout(x, geometry, dropout_p, training)
+    moments = unit_moments(x, geometry, dropped, factor, eps)
+    return _normalized_conv(x, weight, bias, geometry, groups, moments, dropped)[0]
 
 
 def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training: bool,
                   eps: float) -> Tensor:
     """:func:`mmseg_kn.ops.kernel_norm2d`; only the output itself has the size of the units."""
     input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
-    mean, rstd = _UnitMoments.apply(input, geometry, dropout_p, training, eps)
+    if _differentiates(input):
+        mean, rstd = _UnitMoments.apply(input, geometry, dropout_p, training, eps)
+    else:
+        x = _dense(input)
+        factor, dropped = _dropout(x, geometry, dropout_p, training)
+        acc = _accumulate_dtype(x.dtype)
+        mean, rstd = (m.to(acc) for m in unit_moments(x, geometry, dropped, factor, eps)[:2])
     (kh, kw), (sh, sw) = geometry.kernel, geometry.stride
     units = input.unfold(2, kh, sh).unfold(3, kw, sw)
     units = (units - mean[:, None, :, :, None, None]) * rstd[:, None, :, :, None, None]

@@ -1,4 +1,5 @@
 """Where the units of a convolution window lie, and what is refused about them."""
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,12 +30,20 @@ class Geometry(NamedTuple):
         return (top, left) if left == right and top == bottom else None
 
 
+def _ints(value: int | Sequence[int]) -> tuple[int, ...] | None:
+    """Whatever counts as ints: numpy's and, while tracing, tensors too. None if it does not."""
+    try:
+        return tuple(map(operator.index, value if isinstance(value, Sequence) else (value, )))
+    except TypeError:
+        return None
+
+
 def _pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= minimum for v in pair):
+    pair = _ints(value)
+    if pair is None or len(pair) not in (1, 2) or min(pair) < minimum:
         raise ValueError(
             f'{name} must be an int or a pair (h, w) of ints >= {minimum}, got {value!r}')
-    return pair
+    return pair * 2 if len(pair) == 1 else pair
 
 
 def make_geometry(kernel_size: int | Sequence[int],
@@ -61,15 +70,17 @@ def make_geometry(kernel_size: int | Sequence[int],
         sides = (total_w // 2, total_w - total_w // 2, total_h // 2, total_h - total_h // 2)
     elif padding == 'valid':
         sides = (0, 0, 0, 0)
-    elif isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) == 4:
-        sides = tuple(padding)
     else:
-        h, w = _pair('padding', padding, 0) if not isinstance(padding, str) else (-1, -1)
-        sides = (w, w, h, h)
-    if not all(isinstance(v, int) and v >= 0 for v in sides):
-        raise ValueError(
-            "padding must be an int >= 0, (h, w), (left, right, top, bottom), 'same' or "
-            f"'valid', got {padding!r}")
+        sides = _ints(padding) or ()
+        if len(sides) == 1:
+            sides *= 4
+        elif len(sides) == 2:
+            h, w = sides
+            sides = (w, w, h, h)
+        if len(sides) != 4 or min(sides) < 0:
+            raise ValueError(
+                "padding must be an int >= 0, (h, w), (left, right, top, bottom), 'same' or "
+                f"'valid', got {padding!r}")
     return Geometry(kernel, stride, sides, dilation)
 
 

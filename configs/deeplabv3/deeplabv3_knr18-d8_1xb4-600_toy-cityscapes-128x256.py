@@ -19,9 +19,9 @@ param_scheduler = [
         eta_min=1e-4,
         power=0.9,
         begin=0,
-        end=500,
+        end=600,
         by_epoch=False)
 ]
-train_cfg = dict(max_iters=500, val_interval=250)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=250))
+train_cfg = dict(max_iters=600, val_interval=300)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=300))
 randomness = dict(seed=0)
