@@ -157,7 +157,7 @@ def _load(name, read):
     except Exception as error:  # a damaged pickle can raise anything
         if _is_not_the_file(error):
             raise
-        reason = f'{type(error).__name__}: {error}'.split('\n')[0].split('. ')[0]
+        reason = f'{type(error).__name__}: {error}'.split('\n')[0].split('. ')[0].rstrip(': ')
     raise ValueError(
         f'{name} is damaged or not a checkpoint ({reason}); resume from an older one, or '
         'download it again'

@@ -240,8 +240,8 @@ class KNResNet(BaseModule):
             raise ValueError(
                 f'this checkpoint does not hold weights of KNResNet-{self.depth}: {reason}. '
                 'Weights of other networks cannot be converted; use a checkpoint of a KNResNet '
-                "trained with mmseg_kn (of a whole segmentor with prefix='backbone.'), or train "
-                'from scratch with init_cfg=None.')
+                'trained with mmseg_kn (in init_cfg, a whole segmentor needs '
+                "prefix='backbone.'), or none, to train from scratch.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

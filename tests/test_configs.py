@@ -85,4 +85,6 @@ def test_schedule_and_pipelines(name):
         for transform in copy.deepcopy(pipeline):
             TRANSFORMS.build(transform)
     assert cfg.tta_model.type == 'SegTTAModel'
+    # mmengine hands the preprocessor at the top level to the model under --tta
+    assert cfg.data_preprocessor == cfg.model.data_preprocessor
     assert cfg.test_dataloader.dataset.data_root == cfg.train_dataloader.dataset.data_root

@@ -2,6 +2,7 @@ import golden
 import pytest
 import torch
 from mmengine.analysis import get_model_complexity_info
+from mmengine.runner.checkpoint import load_state_dict
 from mmseg.models.backbones import ResNet
 from mmseg.registry import MODELS
 
@@ -199,8 +200,17 @@ def test_pretrained(tmp_path):
 def test_a_batch_norm_checkpoint_is_refused(depth, tmp_path):
     net = KNResNet(depth, init_cfg=save(tmp_path, ResNet(depth).state_dict()))
     with pytest.raises(ValueError, match=rf'KNResNet-{depth}: it has running statistics.*'
-                       'from scratch with init_cfg=None'):
+                       'or none, to train from scratch'):
         net.init_weights()
+
+
+def test_a_batch_norm_checkpoint_is_refused_in_a_whole_model():
+    model = torch.nn.Module()
+    model.backbone = KNResNet(18)
+    weights = {f'backbone.{k}': v for k, v in ResNet(18).state_dict().items()}
+    with pytest.raises(ValueError, match=r'running statistics \(backbone.bn1.running_mean\)'):
+        load_state_dict(model, weights, strict=False)
+    load_state_dict(model, {'decode_head.conv_seg.weight': torch.zeros(1)}, strict=False)
 
 
 @pytest.mark.parametrize('depth, source', [
