@@ -24,6 +24,11 @@ def _implementation(impl: str):
     return _IMPLS[impl]
 
 
+def _autocasts(input: Tensor) -> bool:
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def kn_conv2d(input: Tensor,
               weight: Tensor,
               bias: Tensor | None = None,
@@ -76,8 +81,7 @@ def kn_conv2d(input: Tensor,
     geometry = make_geometry(weight.shape[2:], stride, padding, dilation)
     check_input(input, geometry, dropout_p, eps)
     check_weight(input, weight, bias, groups)
-    device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    device, autocast = input.device.type, _autocasts(input)
     if autocast and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
     elif input.dtype != weight.dtype:
@@ -124,7 +128,5 @@ def kernel_norm2d(input: Tensor,
     implementation = _implementation(impl)
     geometry = make_geometry(kernel_size, stride, padding)
     check_input(input, geometry, dropout_p, eps)
-    device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with torch.autocast(input.device.type, enabled=False) if _autocasts(input) else nullcontext():
         return implementation.kernel_norm2d(input, geometry, dropout_p, training, eps)

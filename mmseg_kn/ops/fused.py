@@ -218,9 +218,7 @@ class _KNConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, geometry, groups, dropout_p, training, eps):
-        x = _dense(x)
-        factor, dropped = _dropout(x, geometry, dropout_p, training)
-        moments = unit_moments(x, geometry, dropped, factor, eps)
+        x, factor, dropped, moments = _statistics(x, geometry, dropout_p, training, eps)
         y, z, kernel = _normalized_conv(x, weight, bias, geometry, groups, moments, dropped)
         ctx.save_for_backward(x, weight, kernel, z, moments.mean, moments.rstd, moments.live,
                               None if dropped is None else dropped.index)
@@ -265,40 +263,39 @@ class _KNConv2d(torch.autograd.Function):
 
 
 class _UnitMoments(torch.autograd.Function):
-    """x (N, C, H, W) -> mean, rstd of its units, each (N, Ho, Wo) in float32 or better."""
+    """x (N, C, H, W) -> mean, rstd of its units, each (N, Ho, Wo) in float64."""
 
     @staticmethod
     def forward(ctx, x, geometry, dropout_p, training, eps):
-        x = _dense(x)
-        factor, dropped = _dropout(x, geometry, dropout_p, training)
-        acc = _accumulate_dtype(x.dtype)
-        mean, rstd, _, live = unit_moments(x, geometry, dropped, factor, eps)
-        ctx.save_for_backward(x, mean, rstd, live, None if dropped is None else dropped.index)
+        x, factor, dropped, moments = _statistics(x, geometry, dropout_p, training, eps)
+        ctx.save_for_backward(x, moments.mean, moments.rstd, moments.live,
+                              None if dropped is None else dropped.index)
         ctx.geometry, ctx.factor = geometry, factor
         ctx.scale = dropped.scale if dropped else 1.0
-        return mean.to(acc), rstd.to(acc)
+        return moments.mean, moments.rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mean, grad_rstd):
         x, mean, rstd, live, index = ctx.saved_tensors
         dropped = None if index is None else Dropped(index, ctx.scale)
-        dvar = grad_rstd.double() * rstd**3 * live * -0.5
+        dvar = grad_rstd * rstd**3 * live * -0.5
         dx = _add_moment_grads(
             torch.zeros_like(x), x, ctx.geometry, dropped,
-            grad_mean.double() - 2 * mean * dvar, ctx.factor * dvar, None)
+            grad_mean - 2 * mean * dvar, ctx.factor * dvar, None)
         return dx, None, None, None, None
 
 
-def _dropout(x: Tensor, geometry: Geometry, dropout_p: float,
-             training: bool) -> tuple[float, Dropped | None]:
-    """Drawn in training, expected in evaluation, nothing at p = 0."""
-    if not dropout_p:
-        return 1.0, None
-    if training:
-        return 1.0, Dropped.draw(x, dropout_p)
-    kh, kw = geometry.kernel
-    return expected_moments_factor(dropout_p, x.size(1) * kh * kw), None
+def _statistics(x: Tensor, geometry: Geometry, dropout_p: float, training: bool,
+                eps: float) -> tuple[Tensor, float, Dropped | None, Moments]:
+    """Dense x, and its moments under dropout: drawn in training, expected in evaluation."""
+    x, factor, dropped = _dense(x), 1.0, None
+    if dropout_p and training:
+        dropped = Dropped.draw(x, dropout_p)
+    elif dropout_p:
+        kh, kw = geometry.kernel
+        factor = expected_moments_factor(dropout_p, x.size(1) * kh * kw)
+    return x, factor, dropped, unit_moments(x, geometry, dropped, factor, eps)
 
 
 def _per_channel(values: Tensor) -> Tensor:
@@ -318,9 +315,7 @@ def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
         input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
     if _differentiates(input, weight, bias):
         return _KNConv2d.apply(input, weight, bias, geometry, groups, dropout_p, training, eps)
-    x = _dense(input)
-    factor, dropped = _dropout(x, geometry, dropout_p, training)
-    moments = unit_moments(x, geometry, dropped, factor, eps)
+    x, _, dropped, moments = _statistics(input, geometry, dropout_p, training, eps)
     return _normalized_conv(x, weight, bias, geometry, groups, moments, dropped)[0]
 
 
@@ -331,10 +326,9 @@ def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training:
     if _differentiates(input):
         mean, rstd = _UnitMoments.apply(input, geometry, dropout_p, training, eps)
     else:
-        x = _dense(input)
-        factor, dropped = _dropout(x, geometry, dropout_p, training)
-        acc = _accumulate_dtype(x.dtype)
-        mean, rstd = (m.to(acc) for m in unit_moments(x, geometry, dropped, factor, eps)[:2])
+        mean, rstd = _statistics(input, geometry, dropout_p, training, eps)[3][:2]
+    acc = _accumulate_dtype(input.dtype)
+    mean, rstd = mean.to(acc), rstd.to(acc)
     (kh, kw), (sh, sw) = geometry.kernel, geometry.stride
     units = input.unfold(2, kh, sh).unfold(3, kw, sw)
     units = (units - mean[:, None, :, :, None, None]) * rstd[:, None, :, :, None, None]
