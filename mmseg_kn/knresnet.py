@@ -63,19 +63,22 @@ class Block(nn.Module):
             self.add_module(
                 f'conv{i + 1}',
                 KNConv2d(widths[i], widths[i + 1], kernel, padding=padding, dilation=dilation,
-                         dropout_p=dropout_p))
+                         dropout_p=dropout_p,
+                         activation='relu' if i + 1 < len(kernels) else None))
         if zero_init:
             nn.init.zeros_(self.get_submodule(f'conv{len(kernels)}').weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and x.requires_grad:
-            return x + cp.checkpoint(self._residual, x, use_reentrant=False)
-        return x + self._residual(x)
+            return cp.checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
 
-    def _residual(self, x: Tensor) -> Tensor:
-        for conv in self.children():
-            x = conv(F.relu(x))
-        return x
+    def _forward(self, x: Tensor) -> Tensor:
+        *inner, last = self.children()
+        y = F.relu(x)
+        for conv in inner:
+            y = conv(y)
+        return last(y, residual=x)
 
 
 class Transition(nn.Module):

@@ -10,9 +10,15 @@ from .ops.geometry import make_geometry
 # Registered in mmengine's root registry: mmseg, mmdet and mmpretrain all find it from there.
 
 
-def _check_dropout(dropout_p: float) -> None:
+def _check(dropout_p: float, impl: str) -> None:
     if not 0 <= dropout_p < 1:
         raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p}')
+    if impl not in ops.IMPLS:
+        raise ValueError(f'impl must be one of {ops.IMPLS}, got {impl!r}')
+
+
+def _impl_repr(impl: str) -> str:
+    return '' if impl == 'auto' else f', impl={impl!r}'
 
 
 @MODELS.register_module(name=['KN', 'KernelNorm2d'])
@@ -29,6 +35,7 @@ class KernelNorm2d(nn.Module):
         padding: int, (h, w) or (left, right, top, bottom).
         dropout_p: Dropout of the copy that training takes the statistics of, in [0, 1).
         eps: Added to the variance.
+        impl: Implementation, see :func:`mmseg_kn.ops.kn_conv2d`.
 
     Shape:
         (N, C, H, W) to (N, C, kh * Ho, kw * Wo).
@@ -45,27 +52,30 @@ class KernelNorm2d(nn.Module):
                  stride: int | Sequence[int] = 1,
                  padding: int | Sequence[int] = 0,
                  dropout_p: float = 0.05,
-                 eps: float = 1e-5) -> None:
+                 eps: float = 1e-5,
+                 impl: str = 'auto') -> None:
         super().__init__()
         geometry = make_geometry(kernel_size, stride, padding)
-        _check_dropout(dropout_p)
+        _check(dropout_p, impl)
         self.num_features = num_features
         self.kernel_size = geometry.kernel
         self.stride = geometry.stride
         self.padding = geometry.symmetric_padding or geometry.padding
         self.dropout_p = dropout_p
         self.eps = eps
+        self.impl = impl
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 4 and input.size(1) != self.num_features:
             raise ValueError(f'expected num_features={self.num_features} channels, '
                              f'got an input of shape {tuple(input.shape)}')
         return ops.kernel_norm2d(input, self.kernel_size, self.stride, self.padding,
-                                 self.dropout_p, self.training, self.eps)
+                                 self.dropout_p, self.training, self.eps, self.impl)
 
     def extra_repr(self) -> str:
         return (f'{self.num_features}, kernel_size={self.kernel_size}, stride={self.stride}, '
-                f'padding={self.padding}, dropout_p={self.dropout_p}, eps={self.eps}')
+                f'padding={self.padding}, dropout_p={self.dropout_p}, eps={self.eps}'
+                + _impl_repr(self.impl))
 
 
 @MODELS.register_module(name=['KNConv', 'KNConv2d'])
@@ -89,6 +99,11 @@ class KNConv2d(nn.Conv2d):
         dropout_p: Dropout of the copy that training takes the statistics of, in [0, 1).
             Evaluation is deterministic: it uses the expectation over this dropout.
         eps: Added to the variance.
+        impl: Implementation, see :func:`mmseg_kn.ops.kn_conv2d`; what ``'auto'`` runs for an
+            input, :func:`mmseg_kn.ops.chosen_impl` tells.
+        activation: ``'relu'`` ends the layer with a ReLU: faster than a ReLU after it, and
+            backward needs not keep the convolution's output. Not for a ConvModule that has an
+            ``act_cfg`` of its own.
         padding_mode: Only ``'zeros'``; the units are defined by zero padding.
 
     Shape:
@@ -109,6 +124,8 @@ class KNConv2d(nn.Conv2d):
                  bias: bool = True,
                  dropout_p: float = 0.05,
                  eps: float = 1e-5,
+                 impl: str = 'auto',
+                 activation: str | None = None,
                  *,
                  padding_mode: str = 'zeros',
                  device=None,
@@ -119,21 +136,36 @@ class KNConv2d(nn.Conv2d):
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f'in_channels={in_channels} and out_channels={out_channels} must '
                              f'be divisible by groups={groups}')
-        _check_dropout(dropout_p)
+        _check(dropout_p, impl)
+        if activation not in (None, 'relu'):
+            raise ValueError(f"activation must be None or 'relu', got {activation!r}")
         make_geometry(kernel_size, stride, padding, dilation)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation,
                          groups, bias, device=device, dtype=dtype)
         self.dropout_p = dropout_p
         self.eps = eps
+        self.impl = impl
+        self.activation = activation
+        self._centred_weight = ops.CentredWeight()
+
+    def train(self, mode: bool = True) -> 'KNConv2d':
+        # What was written to weight.data since, as mmengine's EMAHook does, left no other trace.
+        self._centred_weight.clear()
+        return super().train(mode)
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``residual``, if given, is added to the output."""
         return ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
-                             self.dilation, self.groups, self.dropout_p, self.training, self.eps)
+                             self.dilation, self.groups, self.dropout_p, self.training, self.eps,
+                             self.impl, activation=self.activation, residual=residual,
+                             cache=self._centred_weight)
 
     def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}'
+        return (f'{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}'
+                + ('' if self.activation is None else f', activation={self.activation!r}')
+                + _impl_repr(self.impl))

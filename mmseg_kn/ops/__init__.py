@@ -5,23 +5,57 @@ Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089.
 """
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import fused, reference
-from .geometry import check_input, check_weight, make_geometry
+from . import closed_form, reference
+from .closed_form import CentredWeight
+from .geometry import check_epilogue, check_input, check_weight, make_geometry
 
-__all__ = ['IMPLS', 'kernel_norm2d', 'kn_conv2d']
+__all__ = ['IMPLS', 'CentredWeight', 'chosen_impl', 'kernel_norm2d', 'kn_conv2d']
 
-_IMPLS = {'auto': fused, 'fused': fused, 'reference': reference}
-IMPLS = tuple(_IMPLS)
+IMPLS = ('auto', 'triton', 'fused', 'reference')
 
 
-def _implementation(impl: str):
-    if impl not in _IMPLS:
+def chosen_impl(input: Tensor, impl: str = 'auto') -> str:
+    """Which implementation serves ``input``: ``'triton'``, ``'fused'`` or ``'reference'``.
+
+    ``'auto'`` is ``'triton'`` for float32, float16 and bfloat16 on a CUDA GPU of compute
+    capability 8.0 or later where triton can be imported, else ``'fused'``.
+
+    Raises:
+        ValueError: ``impl`` is none of :data:`IMPLS`, or ``'triton'`` cannot serve ``input``.
+    """
+    if impl not in IMPLS:
         raise ValueError(f'impl must be one of {IMPLS}, got {impl!r}')
-    return _IMPLS[impl]
+    if impl not in ('auto', 'triton') or (impl == 'auto' and not input.is_cuda):
+        return 'fused' if impl == 'auto' else impl
+    obstacle = _triton_obstacle(input.device, input.dtype)
+    if impl == 'triton' and obstacle:
+        raise ValueError(f"impl='triton' cannot run here: {obstacle}; use impl='auto', which "
+                         'falls back')
+    return 'fused' if obstacle else 'triton'
+
+
+@lru_cache
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why triton cannot serve, None if it can."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'it computes in float32, float16 and bfloat16, got {dtype}'
+    try:
+        from . import triton_kernels
+    except ImportError as error:
+        return f'triton cannot be imported ({error})'
+    if triton_kernels.INTERPRETED:
+        return None
+    if device.type != 'cuda' or torch.version.hip:
+        return f'it needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), got {device}'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f'it needs compute capability 8.0, got {capability[0]}.{capability[1]}'
+    return None
 
 
 def _autocasts(input: Tensor) -> bool:
@@ -39,7 +73,11 @@ def kn_conv2d(input: Tensor,
               dropout_p: float = 0.0,
               training: bool = False,
               eps: float = 1e-5,
-              impl: str = 'auto') -> Tensor:
+              impl: str = 'auto',
+              *,
+              activation: str | None = None,
+              residual: Tensor | None = None,
+              cache: CentredWeight | None = None) -> Tensor:
     r"""Convolution over windows that are each normalized by their own mean and variance.
 
     .. math::
@@ -65,7 +103,12 @@ def kn_conv2d(input: Tensor,
         dropout_p: Probability that an element is left out of the statistics, in [0, 1).
         training: Draw the dropout rather than take its expectation.
         eps: Added to the variance.
-        impl: ``'reference'`` (the definition), ``'fused'`` (closed form) or ``'auto'``.
+        impl: ``'reference'`` (the definition), ``'fused'`` (closed form in torch ops),
+            ``'triton'`` (closed form in kernels) or ``'auto'``, see :func:`chosen_impl`.
+        activation: ``'relu'`` or None, applied to the output: one pass less, and backward keeps
+            nothing of the output but what the next layer keeps anyway.
+        residual: Added to the output, of its shape; not together with ``activation``.
+        cache: Keeps the centred weight between evaluations without gradients.
 
     Returns:
         (N, out_channels, Ho, Wo), sized as ``torch.nn.functional.conv2d`` does, in the dtype
@@ -74,23 +117,35 @@ def kn_conv2d(input: Tensor,
     Raises:
         ValueError: Shapes, dtypes or options do not fit; the message names the invariant.
     """
-    implementation = _implementation(impl)
     if weight.dim() != 4:
         raise ValueError('weight must be 4-D (out_channels, in_channels / groups, kh, kw), '
                          f'got shape {tuple(weight.shape)}')
     geometry = make_geometry(weight.shape[2:], stride, padding, dilation)
     check_input(input, geometry, dropout_p, eps)
     check_weight(input, weight, bias, groups)
+    check_epilogue(input, weight, geometry, activation, residual)
     device, autocast = input.device.type, _autocasts(input)
     if autocast and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
     elif input.dtype != weight.dtype:
         raise ValueError(f'input and weight must have one dtype, got {input.dtype} and '
                          f'{weight.dtype}; convert one, or train under autocast')
+    impl = chosen_impl(input, impl)
+    added_after = None
+    if residual is not None and residual.dtype != input.dtype:  # promotes, as torch's + does
+        residual, added_after = None, residual
     # Implementations take the weight in its own precision: they may centre it first.
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return implementation.kn_conv2d(input, weight, bias, geometry, groups, dropout_p,
-                                        training, eps)
+        if impl == 'reference':
+            output = reference.kn_conv2d(input, weight, bias, geometry, groups, dropout_p,
+                                         training, eps)
+            output = output if residual is None else output + residual
+            output = output.relu() if activation else output
+        else:
+            output = closed_form.kn_conv2d(input, weight, bias, geometry, groups, dropout_p,
+                                           training, eps, activation == 'relu', residual, cache,
+                                           impl)
+    return output if added_after is None else output + added_after
 
 
 def kernel_norm2d(input: Tensor,
@@ -116,7 +171,7 @@ def kernel_norm2d(input: Tensor,
         dropout_p: Probability that an element is left out of the statistics, in [0, 1).
         training: Draw the dropout rather than take its expectation.
         eps: Added to the variance.
-        impl: ``'reference'`` (the definition), ``'fused'`` (closed form) or ``'auto'``.
+        impl: As in :func:`kn_conv2d`.
 
     Returns:
         (N, C, kh * Ho, kw * Wo) in the dtype of ``input``: its own size for kernel 1, or
@@ -125,8 +180,10 @@ def kernel_norm2d(input: Tensor,
     Raises:
         ValueError: Shapes, dtypes or options do not fit; the message names the invariant.
     """
-    implementation = _implementation(impl)
     geometry = make_geometry(kernel_size, stride, padding)
     check_input(input, geometry, dropout_p, eps)
+    impl = chosen_impl(input, impl)
     with torch.autocast(input.device.type, enabled=False) if _autocasts(input) else nullcontext():
-        return implementation.kernel_norm2d(input, geometry, dropout_p, training, eps)
+        if impl == 'reference':
+            return reference.kernel_norm2d(input, geometry, dropout_p, training, eps)
+        return closed_form.kernel_norm2d(input, geometry, dropout_p, training, eps, impl)

@@ -1,30 +1,33 @@
-"""Kernel normalization in closed form, in torch ops: units are never built.
+"""The passes of kernel normalization in torch ops, for any device that knows float64.
 
-With s1, s2 the sums over channels of the (dropped) input and of its square, mean and second
-moment of every unit are box sums of these one-channel maps, and
-
-    y = z * rstd + b,   z = conv(x, W) - mean * sum(W),   rstd = (var + eps) ** -0.5
-
-so a KNConv is one convolution and a few element-wise passes. The gradients are closed form as
-well (:class:`_KNConv2d`). The device must know float64.
-
-What keeps it accurate where |mean| >> std (bright skies, constant borders):
-
-* The channel sums are those of x minus the pixel's first channel, in float32 or better, and
-  everything on one-channel maps is float64. The variance of a constant unit comes out as 0,
-  and its z, which rstd would multiply by 316, is taken as 0 rather than as conv's rounding.
-* For groups == 1 the weight is centred: mean = conv(x, 1 / K), hence
-  conv(x, W) - mean * sum(W) = conv(x, W - W.mean()), which has no cancellation left.
+On the CPU they walk through the tensor in chunks that stay in the cache, because there a
+full-size temporary costs ten times what is computed on it (its pages must first be mapped).
 """
 import math
+import threading
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .geometry import Geometry, expected_moments_factor, pad
+from .geometry import Geometry
+
+_CHUNK = 2**20  # elements
+_WIDE = 2**16  # elements of a sample that are worth a call of their own
+
+
+class Moments(NamedTuple):
+    """Statistics of the units, each (N, Ho, Wo)."""
+
+    mean: Tensor  # of the dropped input
+    rstd: Tensor  # (var + eps) ** -0.5
+    live: Tensor  # bool: the variance is above 0 and above its own rounding
+    plain: Tensor | None  # mean of the input itself, where dropout is on and it was asked for
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def box_sum(maps: Tensor, geometry: Geometry) -> Tensor:
@@ -60,278 +63,290 @@ def _every(maps: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
     return maps[tuple(index)]
 
 
-class Dropped(NamedTuple):
-    """Elements that dropout takes out of the statistics.
+def draw(x: Tensor, p: float) -> Tensor:
+    """Positions of the elements that dropout takes out of the statistics, ascending.
 
-    At small p a list of positions is 20 times shorter than a mask, and drawing the gaps
-    between them needs as many fewer random numbers.
+    Each element is dropped with probability ``p``, from torch's generator of ``x.device``. At
+    small p a list is 20 times shorter than a mask, and the gaps between dropped elements,
+    floor(log(u) / log(1 - p)) + 1 with u uniform, need as many fewer random numbers. The
+    length is fixed (8 sigma more than expected), so that it can be traced; entries that do not
+    fit are ``x.numel()``. Positions count through the chunks of :func:`_chunks` in order.
     """
-
-    index: Tensor  # positions in memory order, ascending
-    scale: float  # 1 / (1 - p), of the kept ones
-
-    @staticmethod
-    def draw(x: Tensor, p: float) -> 'Dropped':
-        """Draws from torch's generator of ``x.device``, each element with probability p."""
-        numel, last, parts = x.numel(), -1, []
-        expected = numel * p
-        count = int(expected + 6 * math.sqrt(expected)) + 16
-        while last < numel - 1:
-            gaps = torch.empty(count, dtype=torch.int64, device=x.device).geometric_(p)
-            # CUDA rounds to float32 and may draw 0; a tiny p overflows the sum.
-            gaps.clamp_(1, numel + 1)
-            parts.append(gaps.cumsum(0) + last)
-            last = int(parts[-1][-1])
-        index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=x.device)
-        index = index[index < numel]
-        return Dropped(index.int() if numel < 2**31 else index, 1 / (1 - p))
-
-    def pixels(self, x: Tensor) -> Tensor:
-        """Positions of the dropped elements in the (N, H, W) maps, flattened."""
-        channels, area = x.size(1), x.size(2) * x.size(3)
-        index = self.index.long()
-        if _memory_format(x) == torch.channels_last:
-            return index // channels
-        return index // (channels * area) * area + index % area
+    numel = x.numel()
+    count = int(numel * p + 8 * math.sqrt(numel * p)) + 32
+    # float32 knows u to 2 ** -24, which must be small beside p.
+    small = p < 1e-2
+    u = torch.empty(count, dtype=torch.float64 if small else torch.float32, device=x.device)
+    gaps = u.uniform_(2.0**-25, 1).log_().mul_(1 / math.log1p(-p)).add_(1)
+    if small:
+        gaps.clamp_(max=numel + 1)
+    dtype = torch.int64 if small or numel >= 2**30 else torch.int32
+    positions = gaps.to(dtype).cumsum(0, dtype=dtype).sub_(1).clamp_(max=numel)
+    return positions.int() if numel < 2**31 else positions
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+def is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_memory_format(x))
+def _eager(x: Tensor) -> bool:
+    """On the CPU and neither traced nor faked: only then chunks and kept memory are for it."""
+    return (x.device.type == 'cpu' and type(x) in (Tensor, torch.nn.Parameter)
+            and not torch.jit.is_tracing() and not torch.compiler.is_compiling())
 
 
-def _flat(x: Tensor) -> Tensor:
-    """Dense (N, C, H, W) as a 1-D view in memory order."""
-    if _memory_format(x) == torch.channels_last:
-        x = x.permute(0, 2, 3, 1)
-    return x.view(-1)
+def _chunks(x: Tensor) -> list[tuple[slice, slice]]:
+    """Samples and pixels (of H * W) of each chunk of (N, C, H, W)."""
+    n, c, h, w = x.shape
+    if not _eager(x) or x.numel() <= _CHUNK:
+        return [(slice(None), slice(None))]
+    if c * h * w <= _CHUNK:
+        step = _CHUNK // (c * h * w)
+        return [(slice(i, i + step), slice(None)) for i in range(0, n, step)]
+    parts = round(c * h * w / _CHUNK)
+    step = -(-h * w // (16 * parts)) * 16  # equal parts of whole cache lines
+    return [(slice(i, i + 1), slice(p, p + step)) for i in range(n) for p in range(0, h * w, step)]
 
 
-class Moments(NamedTuple):
-    """Statistics of the units, (N, Ho, Wo) in float64."""
+class _Scratch(threading.local):
+    """One chunk of memory for each thread, kept: mapping its pages costs more than using them."""
 
-    mean: Tensor  # of the dropped input
-    rstd: Tensor
-    plain_mean: Tensor  # of the input itself
-    live: Tensor  # bool: the variance is above 0 and above float64's rounding
+    def __init__(self) -> None:
+        self.stores = {}
 
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def unit_moments(x: Tensor, geometry: Geometry, dropped: Dropped | None, factor: float,
-                 eps: float) -> Moments:
-    """Moments of every unit; var = max(``factor`` * E2 - mean ** 2, 0)."""
-    channels = x.size(1)
-    first = x[:, :1].to(_accumulate_dtype(x.dtype))
-    shifted = x - first
-    shift_sum = shifted.sum(1).double()
-    shift_square = shifted.square_().sum(1).double()
-    first = first.squeeze(1).double()
-    plain = shift_sum + channels * first
-    square = shift_square + first * (shift_sum + plain)
-    maps = [plain, square]
-    if dropped:
-        values = _flat(x).index_select(0, dropped.index).double()
-        pixels = dropped.pixels(x)
-        lost = torch.zeros_like(plain).view(-1).index_add_(0, pixels, values).view_as(plain)
-        lost_square = torch.zeros_like(plain).view(-1).index_add_(
-            0, pixels, values.square_()).view_as(plain)
-        q = dropped.scale
-        maps = [q * (plain - lost), q * q * (square - lost_square), plain]
-    kh, kw = geometry.kernel
-    moments = box_sum(torch.stack(maps), geometry) / (channels * kh * kw)
-    # Squares beyond float32 are inf: a huge finite number keeps inf - inf out.
-    mean, second = moments[0], moments[1].clamp(max=1e300)
-    var = factor * second - mean.square()
-    live = var > 1e-14 * second
-    return Moments(mean, (var * live + eps).rsqrt(), moments[-1] if dropped else mean, live)
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.stores or self.stores[dtype].numel() < count:
+            with torch.inference_mode(False):  # whose tensors later calls could not write to
+                self.stores[dtype] = torch.empty(max(count, _CHUNK + 1), dtype=dtype)
+        return self.stores[dtype][:count]
 
 
-def _add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, dropped: Dropped | None,
-                      dmean: Tensor, dsecond: Tensor, dplain: Tensor | None) -> Tensor:
-    """Adds to ``dx`` what reaches x through mean, second moment and plain mean of its units.
+_scratch = _Scratch()
 
-    dx += box^T(dplain) / K + m * box^T(dmean) / K + m ** 2 * 2 x * box^T(dsecond) / K with m
-    the dropout mask, scaled. Works in place where it can.
+
+def _dense_like(chunk: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the (n, C, P) ``chunk`` in its order: flat with one element to spare, and as it.
+
+    Valid until the next call. Position ``chunk.numel()``, the spare one, may be written to.
     """
-    kh, kw = geometry.kernel
-    q = dropped.scale if dropped else 1.0
-    if dplain is None:
-        dplain = torch.zeros_like(dmean)
-    maps = torch.stack([dplain + q * dmean, 2 * q * q * dsecond] + ([dplain] if dropped else []))
-    maps = box_sum_transpose(maps, geometry, x.size(2), x.size(3)) / (x.size(1) * kh * kw)
-    maps = maps.to(_accumulate_dtype(x.dtype)).unsqueeze(2)
-    dx = dx.to(maps.dtype)
-    if dropped:
-        dx = dx.contiguous(memory_format=_memory_format(x))
-        index = dropped.index.long()
-        kept_out = _flat(dx).index_select(0, index)
-        kept_out += maps[2].reshape(-1).index_select(0, dropped.pixels(x))
-    dx.add_(maps[0]).addcmul_(x.to(maps.dtype), maps[1])
-    if dropped:
-        _flat(dx).index_copy_(0, index, kept_out)
-    return dx.to(x.dtype)
-
-
-def _normalized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
-                     groups: int, moments: Moments,
-                     dropped: Dropped | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The output y, the z of it, and the weight that the convolution took, all as ``x``."""
-    acc = _accumulate_dtype(x.dtype)
-    centred = groups == 1
-    kernel = weight - weight.mean((1, 2, 3), keepdim=True) if centred else weight
-    kernel = kernel.to(x.dtype)
-    z = F.conv2d(x, kernel, None, geometry.stride, geometry.symmetric_padding,
-                 geometry.dilation, groups).to(acc)
-    if not centred or x.dtype != acc:  # in half precision the rounded weight has a sum
-        z.addcmul_(_per_channel(kernel.sum((1, 2, 3), dtype=acc)),
-                   moments.plain_mean.unsqueeze(1).to(acc), value=-1)
-    if dropped:
-        shift = moments.mean - moments.plain_mean
-        z.addcmul_(_per_channel(weight.sum((1, 2, 3), dtype=acc)), shift.unsqueeze(1).to(acc),
-                   value=-1)
-    # Under dropout a constant unit differs from its mean, unless it is 0.
-    scale = moments.rstd if dropped else moments.rstd * moments.live
-    scale = scale.unsqueeze(1).to(acc)
-    y = z * scale if bias is None else torch.addcmul(_per_channel(bias.to(acc)), z, scale)
-    return y.to(x.dtype), z.to(x.dtype), kernel
-
-
-class _KNConv2d(torch.autograd.Function):
-    """Closed-form gradients, with g = dL/dy and h = g * rstd:
-
-        db    = sum g
-        dW    = conv_weight_grad(x, h) - sum_{n, p} h_o * mean
-        dmean = -sum_o h_o * sum(W)_o - 2 * mean * dvar
-        dvar  = -rstd ** 2 / 2 * sum_o h_o * z_o
-
-    and dx from conv_input_grad(W, h), dmean and dvar. z is saved rather than y, because an
-    in-place activation may overwrite y.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, geometry, groups, dropout_p, training, eps):
-        x, factor, dropped, moments = _statistics(x, geometry, dropout_p, training, eps)
-        y, z, kernel = _normalized_conv(x, weight, bias, geometry, groups, moments, dropped)
-        ctx.save_for_backward(x, weight, kernel, z, moments.mean, moments.rstd, moments.live,
-                              None if dropped is None else dropped.index)
-        ctx.geometry, ctx.groups = geometry, groups
-        ctx.factor, ctx.scale = factor, dropped.scale if dropped else 1.0
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, kernel, z, mean, rstd, live, index = ctx.saved_tensors
-        dropped = None if index is None else Dropped(index, ctx.scale)
-        geometry, acc = ctx.geometry, _accumulate_dtype(x.dtype)
-        grad = grad.to(acc)
-        dbias = grad.sum((0, 2, 3)).to(ctx.bias_dtype) if ctx.bias_dtype else None
-        h = grad * rstd.unsqueeze(1).to(acc)
-        need_x, need_weight = ctx.needs_input_grad[:2]
-
-        def conv_backward(h, need_x, need_weight):
-            return torch.ops.aten.convolution_backward(
-                h.to(x.dtype), x, kernel, None, geometry.stride, geometry.symmetric_padding,
-                geometry.dilation, False, (0, 0), ctx.groups, (need_x, need_weight, False))[:2]
-
-        h_weight = h
-        if dropped or not need_weight or live.all():
-            dx, dweight = conv_backward(h, need_x, need_weight)
-        else:  # constant units add nothing to dW: leave their rounding, times 316, out
-            h_weight = h * live.unsqueeze(1)
-            dx = conv_backward(h, True, False)[0] if need_x else None
-            dweight = conv_backward(h_weight, False, True)[1]
-        if need_weight:
-            of_mean = torch.einsum('nohw,nhw->o', h_weight, mean.to(acc))
-            dweight = (dweight.to(acc) - _per_channel(of_mean).transpose(0, 1)).to(weight.dtype)
-        if need_x:
-            to_mean = torch.einsum('nohw,o->nhw', h, weight.sum((1, 2, 3), dtype=acc)).double()
-            dvar = (h * z).sum(1).double() * rstd.square() * live * -0.5
-            dx = _add_moment_grads(
-                dx, x, geometry, dropped, -to_mean - 2 * mean * dvar, ctx.factor * dvar,
-                to_mean if ctx.groups == 1 else None)
-        return dx, dweight, dbias, None, None, None, None, None
-
-
-class _UnitMoments(torch.autograd.Function):
-    """x (N, C, H, W) -> mean, rstd of its units, each (N, Ho, Wo) in float64."""
-
-    @staticmethod
-    def forward(ctx, x, geometry, dropout_p, training, eps):
-        x, factor, dropped, moments = _statistics(x, geometry, dropout_p, training, eps)
-        ctx.save_for_backward(x, moments.mean, moments.rstd, moments.live,
-                              None if dropped is None else dropped.index)
-        ctx.geometry, ctx.factor = geometry, factor
-        ctx.scale = dropped.scale if dropped else 1.0
-        return moments.mean, moments.rstd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_mean, grad_rstd):
-        x, mean, rstd, live, index = ctx.saved_tensors
-        dropped = None if index is None else Dropped(index, ctx.scale)
-        dvar = grad_rstd * rstd**3 * live * -0.5
-        dx = _add_moment_grads(
-            torch.zeros_like(x), x, ctx.geometry, dropped,
-            grad_mean - 2 * mean * dvar, ctx.factor * dvar, None)
-        return dx, None, None, None, None
-
-
-def _statistics(x: Tensor, geometry: Geometry, dropout_p: float, training: bool,
-                eps: float) -> tuple[Tensor, float, Dropped | None, Moments]:
-    """Dense x, and its moments under dropout: drawn in training, expected in evaluation."""
-    x, factor, dropped = _dense(x), 1.0, None
-    if dropout_p and training:
-        dropped = Dropped.draw(x, dropout_p)
-    elif dropout_p:
-        kh, kw = geometry.kernel
-        factor = expected_moments_factor(dropout_p, x.size(1) * kh * kw)
-    return x, factor, dropped, unit_moments(x, geometry, dropped, factor, eps)
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
-
-
-def _differentiates(*tensors: Tensor | None) -> bool:
-    """Whether to go through autograd; else the ops are open to FLOP counters and exporters."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing() and any(
-        t is not None and t.requires_grad for t in tensors)
-
-
-def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
-              groups: int, dropout_p: float, training: bool, eps: float) -> Tensor:
-    """:func:`mmseg_kn.ops.kn_conv2d` in closed form."""
-    if geometry.symmetric_padding is None:
-        input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
-    if _differentiates(input, weight, bias):
-        return _KNConv2d.apply(input, weight, bias, geometry, groups, dropout_p, training, eps)
-    x, _, dropped, moments = _statistics(input, geometry, dropout_p, training, eps)
-    return _normalized_conv(x, weight, bias, geometry, groups, moments, dropped)[0]
-
-
-def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training: bool,
-                  eps: float) -> Tensor:
-    """:func:`mmseg_kn.ops.kernel_norm2d`; only the output itself has the size of the units."""
-    input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
-    if _differentiates(input):
-        mean, rstd = _UnitMoments.apply(input, geometry, dropout_p, training, eps)
+    dtype, (n, c, p) = accumulate_dtype(chunk.dtype), chunk.shape
+    if _eager(chunk):
+        flat = _scratch.take(chunk.numel() + 1, dtype)
     else:
-        mean, rstd = _statistics(input, geometry, dropout_p, training, eps)[3][:2]
-    acc = _accumulate_dtype(input.dtype)
-    mean, rstd = mean.to(acc), rstd.to(acc)
-    (kh, kw), (sh, sw) = geometry.kernel, geometry.stride
-    units = input.unfold(2, kh, sh).unfold(3, kw, sw)
-    units = (units - mean[:, None, :, :, None, None]) * rstd[:, None, :, :, None, None]
-    units = units.to(input.dtype).transpose(3, 4)
-    n, c, ho, _, wo, _ = units.shape
-    return units.reshape(n, c, ho * kh, wo * kw)
+        flat = chunk.new_empty(chunk.numel() + 1, dtype=dtype)
+    if chunk.stride(1) == 1 and c > 1:
+        return flat, flat[:-1].view(n, p, c).transpose(1, 2)
+    return flat, flat[:-1].view(n, c, p)
+
+
+def _by_chunk(x: Tensor, positions: Tensor | None):
+    """Yields the index of each chunk, the (n, C, P) chunk and the dropped positions in it."""
+    chunks, flat = _chunks(x), x.flatten(2)
+    views = [flat[samples, :, pixels] for samples, pixels in chunks]
+    if positions is None or len(chunks) == 1:
+        dropped = [None if positions is None else positions.long()]  * len(chunks)
+    else:
+        ends = torch.tensor([v.numel() for v in views]).cumsum(0)
+        bounds = [0, *torch.searchsorted(positions.long(), ends).tolist()]
+        starts = [0, *ends.tolist()]
+        dropped = [positions[a:b].long().sub_(start)
+                   for a, b, start in zip(bounds, bounds[1:], starts, strict=False)]
+    yield from zip(chunks, views, dropped, strict=True)
+
+
+def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool, plain: bool) -> Tensor:
+    """Sums over C of the kept elements, of their squares, and (``plain``) of all, (.., N, H, W).
+
+    ``exact`` guards against the cancellation of E2 - mean ** 2 where |mean| >> std (bright
+    skies, constant borders): float32 sums are those of x minus the pixel's first channel, and
+    the maps are float64. Where dropout noise keeps var / mean ** 2 above 1 %, it is not needed.
+    """
+    acc, (n, c, h, w) = accumulate_dtype(x.dtype), x.shape
+    if _eager(x) and x.dtype == acc and positions is None and not exact and x.is_contiguous() and (
+            c * h * w >= _WIDE):
+        return _channel_sums_by_batch_norm(x)
+    shift = exact and positions is None
+    first = x[:, :1].to(acc).flatten(2) if shift else None
+
+    def sums(index, chunk, dropped):
+        flat, memory = _dense_like(chunk) if dropped is not None or _eager(x) else (None, None)
+        if dropped is not None:
+            memory.copy_(chunk)
+            total = [memory.sum(1)] if plain else []
+            flat.index_fill_(0, dropped, 0)
+            chunk = memory
+        elif shift:
+            chunk = torch.sub(chunk, first[index[0], :, index[1]], out=memory)
+            total = []
+        else:
+            chunk, total = chunk.to(acc), []
+        return [chunk.sum(1), torch.mul(chunk, chunk, out=memory).sum(1), *total]
+
+    parts = [(index, sums(index, chunk, dropped))
+             for index, chunk, dropped in _by_chunk(x, positions)]
+    if len(parts) == 1:
+        maps = torch.stack(parts[0][1])
+    else:
+        maps = x.new_empty((3 if plain else 2, n, h * w), dtype=acc)
+        for index, values in parts:
+            for row, value in zip(maps, values, strict=True):
+                row[index] = value
+    if exact:
+        maps = maps.double()
+    if shift:
+        first = first.squeeze(1).double()
+        total = torch.add(maps[0], first, alpha=c)
+        maps = torch.stack([total, maps[1] + first * (maps[0] + total)])
+    return maps.view(len(maps), n, h, w)
+
+
+def _channel_sums_by_batch_norm(x: Tensor) -> Tensor:
+    """Sums over C of x and of its square, (2, N, H, W), for NCHW on the CPU.
+
+    The kernel that gathers BatchNorm's statistics, with the pixels of a sample as its channels:
+    twice as fast as what can be said in sums and products, which must write x ** 2 somewhere.
+    """
+    n, c, h, w = x.shape
+    pixels_last = x.view(n, c, h * w, 1).transpose(1, 2)
+    mean, var = zip(*(torch.batch_norm_update_stats(sample[None], None, None, 0.0)
+                      for sample in pixels_last), strict=True)
+    mean, var = torch.stack(mean), torch.stack(var)
+    return torch.stack([mean, mean.square() + var]).mul_(c).view(2, n, h, w)
+
+
+def unit_moments(x: Tensor, geometry: Geometry, positions: Tensor | None, dropout_p: float,
+                 factor: float, eps: float, exact: bool, plain: bool) -> Moments:
+    """Moments of every unit; var = max(``factor`` * E2 - mean ** 2, 0)."""
+    kh, kw = geometry.kernel
+    moments = box_sum(_channel_sums(x, positions, exact, plain and positions is not None),
+                      geometry) / (x.size(1) * kh * kw)
+    q = 1.0 if positions is None else 1 / (1 - dropout_p)
+    mean, second = moments[0] * q, moments[1] * q**2
+    # Squares may overflow; inf - inf is a large variance.
+    info = torch.finfo(moments.dtype)
+    var = (factor * second - mean.square()).nan_to_num(info.max, info.max, info.max)
+    live = var > 64 * info.eps * second.clamp(max=info.max)
+    rstd = (var * live + eps).rsqrt()
+    return Moments(mean, rstd, live, moments[2] if len(moments) == 3 else None)
+
+
+def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+              shifts: list[tuple[Tensor, Tensor]], relu: bool, inplace: bool) -> Tensor:
+    """(z - sum of s * u over ``shifts``) * scale + bias, plus ``residual`` or through ``relu``.
+
+    Args:
+        z: (N, O, Ho, Wo), the convolution's.
+        scale: (N, Ho, Wo).
+        shifts: Pairs of s (O,) and u (N, Ho, Wo).
+        inplace: z may be overwritten.
+    """
+    acc = accumulate_dtype(z.dtype)
+    y = z if inplace else torch.empty_like(z)
+    scale = scale.to(acc).flatten(1).unsqueeze(1)
+    bias = z.new_zeros((), dtype=acc) if bias is None else bias.to(acc).view(1, -1, 1)
+    shifts = [(s.to(acc).view(1, -1, 1), u.to(acc).flatten(1).unsqueeze(1) * scale)
+              for s, u in shifts]
+    out, added = y.flatten(2), residual.flatten(2) if residual is not None else None
+    for index, chunk, _ in _by_chunk(z, None):
+        samples, pixels = index
+        target = out[samples, :, pixels]
+        memory = None
+        if _eager(z):
+            direct = z.dtype == acc and not (inplace and shifts)
+            memory = target if direct else _dense_like(chunk)[1]
+        offset = bias
+        for s, u in shifts:
+            offset = torch.addcmul(offset, s, u[samples, :, pixels], value=-1, out=memory)
+        value = torch.addcmul(offset, chunk.to(acc), scale[samples, :, pixels], out=memory)
+        if added is not None:
+            value = torch.add(value, added[samples, :, pixels], out=memory)
+        if relu:
+            value = value.relu_()
+        if memory is None:
+            return value.to(z.dtype).view(z.shape)
+        if value is not target:
+            target.copy_(value)
+    return y
+
+
+class MomentGrads(NamedTuple):
+    """What the units' moments send back to each x of theirs, summed by box^T and over K.
+
+    dx += plain + m * (constant + slope * x), with m the dropout mask; (N, Ho, Wo) each.
+    """
+
+    constant: Tensor
+    slope: Tensor
+    plain: Tensor | None
+
+
+def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
+               bias: Tensor | None, shifts: list[tuple[Tensor, Tensor]],
+               relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h = grad * rstd and its reductions.
+
+    Args:
+        grad: (N, O, Ho, Wo), dL/dy.
+        saved: z, or y where ``relu``: elsewhere than at y = 0, where the gradient is 0 too,
+            z * rstd = y - b.
+        shifts: As in :func:`normalize`.
+
+    Returns:
+        h (as ``grad``); sum_o h * sum(W)_o, sum_o h * z * rstd, both (N, Ho, Wo);
+        sum_{n, p} h * mean, sum_{n, p} grad, both (O,).
+    """
+    acc = accumulate_dtype(grad.dtype)
+    n, o, ho, wo = grad.shape
+    mean, rstd = mean.flatten(1), rstd.flatten(1)
+    scale, mean = rstd.unsqueeze(1), mean.unsqueeze(2)
+    rows = torch.stack([weight_sum.to(acc)] + (
+        [bias.to(acc)] if relu and bias is not None else []))
+    h = torch.empty_like(grad)
+    to_mean, hz = grad.new_empty((2, n, ho * wo), dtype=acc)
+    of_mean, dbias = grad.new_zeros((o, 1), dtype=acc), grad.new_zeros(o, dtype=acc)
+    out, saved = h.flatten(2), saved.flatten(2)
+    for index, chunk, _ in _by_chunk(grad, None):
+        samples, pixels = index
+        target, z = out[samples, :, pixels], saved[samples, :, pixels]
+        hc = target if h.dtype == acc else torch.empty_like(chunk, dtype=acc)
+        if relu:
+            chunk = torch.ops.aten.threshold_backward(chunk, z, 0)
+        hc = torch.mul(chunk, scale[samples, :, pixels], out=hc)
+        of_mean += (hc @ mean[samples, pixels]).sum(0)
+        dbias += chunk.sum((0, 2), dtype=acc)
+        sums = rows @ hc
+        to_mean[index] = sums[:, 0]
+        product = torch.mul(hc, z, out=_dense_like(chunk)[1]).sum(1)
+        if relu and bias is not None:
+            product -= sums[:, 1]
+        hz[index] = product
+        if hc is not target:
+            target.copy_(hc)
+    if not relu:
+        hz *= rstd
+    to_mean, hz = to_mean.view(n, ho, wo), hz.view(n, ho, wo)
+    for s, u in shifts:
+        along = to_mean if s is weight_sum else (s.to(acc) @ h.flatten(2).to(acc)).view(n, ho, wo)
+        hz = hz - along * u * rstd.view(n, ho, wo)
+    return h, to_mean, hz, of_mean[:, 0], dbias
+
+
+def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, positions: Tensor | None,
+                     dropout_p: float, grads: MomentGrads) -> Tensor:
+    """Adds to ``dx``, in place where it can, what reaches x through the moments of its units."""
+    acc, (n, c, h, w) = accumulate_dtype(x.dtype), x.shape
+    kh, kw = geometry.kernel
+    maps = torch.stack([m for m in grads if m is not None]) / (c * kh * kw)
+    maps = box_sum_transpose(maps, geometry, h, w).to(acc).flatten(2).unsqueeze(2)
+    result, into = dx, dx.flatten(2)
+    for index, chunk, dropped in _by_chunk(x, positions):
+        samples, pixels = index
+        constant, slope, *plain = maps[:, samples, :, pixels]
+        flat, memory = _dense_like(chunk)
+        torch.addcmul(constant, chunk.to(acc), slope, out=memory)
+        if dropped is not None:
+            flat.index_fill_(0, dropped, 0)
+        if plain:
+            memory.add_(plain[0])
+        into[samples, :, pixels].add_(memory)
+    return result

@@ -129,6 +129,27 @@ def check_weight(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int
         raise ValueError(f'bias must have shape ({out_channels},), got {tuple(bias.shape)}')
 
 
+def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation: str | None,
+                   residual: Tensor | None) -> None:
+    """Refuses an activation or a residual that does not fit.
+
+    Raises:
+        ValueError: ``activation`` is not None or ``'relu'``, ``residual`` is given beside it, or
+            has not the output's shape and dtype.
+    """
+    if activation not in (None, 'relu'):
+        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+    if residual is None:
+        return
+    if activation:
+        raise ValueError(f'residual and activation={activation!r} exclude each other; apply the '
+                         'activation to the sum')
+    shape = (input.size(0), weight.size(0), *geometry.output_size(*input.shape[2:]))
+    if residual.shape != shape:
+        raise ValueError(f'residual must have the shape of the output, {shape}, got '
+                         f'{tuple(residual.shape)}')
+
+
 def expected_moments_factor(dropout_p: float, unit_size: int) -> float:
     """Factor a of E[var] = a * E2 - mean ** 2 under dropout of the statistics.
 
