@@ -39,9 +39,14 @@ def chosen_impl(input: Tensor, impl: str = 'auto') -> str:
     return 'fused' if obstacle else 'triton'
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why triton cannot serve, None if it can."""
+    return _find_triton_obstacle(device, dtype)
+
+
+@lru_cache
+def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'it computes in float32, float16 and bfloat16, got {dtype}'
     try:

@@ -17,6 +17,7 @@ from .geometry import Geometry
 
 PIXELS = 16  # a program's
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
+OUTPUTS = 64  # channels of the output at once, at most; twice as many spill registers
 
 
 @triton.jit
@@ -334,7 +335,7 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
         residual = residual.contiguous(memory_format=torch.channels_last if is_channels_last(z)
                                        else torch.contiguous_format)
     shift_args, flags = _two(shifts)
-    block = min(128, triton.next_power_of_2(o))
+    block = min(OUTPUTS, triton.next_power_of_2(o))
     _launch(_normalize, z, (triton.cdiv(n * h * w, PIXELS), triton.cdiv(o, block)), z, y,
             residual, scale, bias, *shift_args, n * h * w, h * w, o, *_strides(z),
             BIAS=bias is not None, RESIDUAL=residual is not None, RELU=relu, P=PIXELS, B=block,
@@ -354,7 +355,7 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
     shift_args, flags = _two(shifts)
     _launch(_scale_grad, grad, (programs, ), grad, saved, out, mean, rstd, weight_sum, bias,
             *shift_args, to_mean, hz, partial, n * h * w, h * w, o, *_strides(grad), RELU=relu,
-            BIAS=bias is not None, P=PIXELS, B=min(128, triton.next_power_of_2(o)), **flags)
+            BIAS=bias is not None, P=PIXELS, B=min(OUTPUTS, triton.next_power_of_2(o)), **flags)
     of_mean, dbias = partial.sum(0)
     return out, to_mean, hz, of_mean, dbias
 
