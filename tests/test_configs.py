@@ -63,7 +63,7 @@ def test_builds_and_runs_forward_loss_and_predict(name):
         result = model.test_step(batch())[0]
         features = model.extract_feat(train['inputs'])
     assert result.pred_sem_seg.data.shape == (1, *SIZE)
-    assert features[3].shape[2:] == (SIZE[0] // 8, SIZE[1] // 8)
+    assert features[-1].shape[2:] == (SIZE[0] // 8, SIZE[1] // 8)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -48,7 +48,7 @@ def train(batches, dropout_p, seed, clip, steps=10):
     cfg.model.data_preprocessor.size = SIZE
     cfg.model.backbone.dropout_p = dropout_p
     for head in ('decode_head', 'auxiliary_head'):
-        cfg.model[head].conv_cfg = dict(type='KNConv', dropout_p=dropout_p)
+        cfg.model[head].conv_cfg.dropout_p = dropout_p
     if not clip:
         cfg.optim_wrapper.clip_grad = None
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def train(batches, dropout_p, seed, clip, steps=10):
 def test_the_stem_stays_alive(batches, dropout_p, seed):
     norms, bias = train(batches, dropout_p, seed, clip=True)
     assert np.median(norms[-3:]) > 0.2 * norms[0]
-    # Without clipping it dies, so the above can fail.
+    # Without clipping its bias is thrown far off, and without dropout's noise it dies.
     norms, thrown_bias = train(batches, dropout_p, seed, clip=False)
-    assert np.median(norms[-3:]) < 0.1 * norms[0]
     assert thrown_bias > 10 * bias
+    assert dropout_p or np.median(norms[-3:]) < 0.1 * norms[0]

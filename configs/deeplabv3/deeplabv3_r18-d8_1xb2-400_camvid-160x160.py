@@ -2,6 +2,7 @@
 # the KernelNorm config.
 _base_ = './deeplabv3_knr18-d8_1xb2-400_camvid-160x160.py'
 norm_cfg = dict(type='BN', requires_grad=True)
+act_cfg = dict(_delete_=True, type='ReLU')
 data_preprocessor = dict(
     mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 model = dict(
@@ -10,7 +11,7 @@ model = dict(
         _delete_=True,
         type='ResNetV1c',
         depth=18,
-        out_indices=(0, 1, 2, 3),
+        out_indices=(2, 3),
         dilations=(1, 1, 2, 4),
         strides=(1, 2, 1, 1),
         norm_cfg=norm_cfg,
@@ -19,8 +20,10 @@ model = dict(
     decode_head=dict(
         in_channels=512,
         conv_cfg=None,
-        norm_cfg=dict(_delete_=True, **norm_cfg)),
+        norm_cfg=dict(_delete_=True, **norm_cfg),
+        act_cfg=act_cfg),
     auxiliary_head=dict(
         in_channels=256,
         conv_cfg=None,
-        norm_cfg=dict(_delete_=True, **norm_cfg)))
+        norm_cfg=dict(_delete_=True, **norm_cfg),
+        act_cfg=act_cfg))

@@ -144,7 +144,7 @@ def _by_chunk(x: Tensor, positions: Tensor | None):
     chunks, flat = _chunks(x), x.flatten(2)
     views = [flat[samples, :, pixels] for samples, pixels in chunks]
     if positions is None or len(chunks) == 1:
-        dropped = [None if positions is None else positions.long()]  * len(chunks)
+        dropped = [None if positions is None else positions.long()] * len(chunks)
     else:
         ends = torch.tensor([v.numel() for v in views]).cumsum(0)
         bounds = [0, *torch.searchsorted(positions.long(), ends).tolist()]
@@ -222,10 +222,10 @@ def unit_moments(x: Tensor, geometry: Geometry, positions: Tensor | None, dropou
                       geometry) / (x.size(1) * kh * kw)
     q = 1.0 if positions is None else 1 / (1 - dropout_p)
     mean, second = moments[0] * q, moments[1] * q**2
-    # Squares may overflow; inf - inf is a large variance.
+    # Squares may overflow; inf - inf is no number, and means a large variance.
     info = torch.finfo(moments.dtype)
     var = (factor * second - mean.square()).nan_to_num(info.max, info.max, info.max)
-    live = var > 64 * info.eps * second.clamp(max=info.max)
+    live = ~(var <= 64 * info.eps * second.clamp(max=info.max))
     rstd = (var * live + eps).rsqrt()
     return Moments(mean, rstd, live, moments[2] if len(moments) == 3 else None)
 
@@ -309,11 +309,11 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
         samples, pixels = index
         target, z = out[samples, :, pixels], saved[samples, :, pixels]
         hc = target if h.dtype == acc else torch.empty_like(chunk, dtype=acc)
-        if relu:
-            chunk = torch.ops.aten.threshold_backward(chunk, z, 0)
-        hc = torch.mul(chunk, scale[samples, :, pixels], out=hc)
-        of_mean += (hc @ mean[samples, pixels]).sum(0)
+        if relu:  # in the memory of h, where it stays in the cache
+            chunk = torch.ops.aten.threshold_backward(chunk.to(acc), z.to(acc), 0, grad_input=hc)
         dbias += chunk.sum((0, 2), dtype=acc)
+        torch.mul(chunk, scale[samples, :, pixels], out=hc)
+        of_mean += (hc @ mean[samples, pixels]).sum(0)
         sums = rows @ hc
         to_mean[index] = sums[:, 0]
         product = torch.mul(hc, z, out=_dense_like(chunk)[1]).sum(1)

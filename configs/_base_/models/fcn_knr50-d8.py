@@ -4,14 +4,15 @@ model = dict(
         _delete_=True,
         type='FCNHead',
         in_channels=2048,
-        in_index=3,
+        in_index=1,
         channels=512,
         num_convs=2,
         concat_input=True,
         dropout_ratio=0.1,
         num_classes=19,
-        conv_cfg=dict(type='KNConv'),
+        conv_cfg=dict(type='KNConv', activation='relu'),
         norm_cfg=None,
+        act_cfg=None,
         align_corners=False,
         loss_decode=dict(
             type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)))
