@@ -23,12 +23,14 @@ MAPS = {
     '_scale_grad': {},
     '_add_moment_grads': dict(seed_ptr='*i64'),
 }
-ACTIVATIONS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'saved_ptr', 'h_ptr'}
+ACTIVATIONS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'saved_ptr',
+               'h_ptr'}
 FLOATS = {'q', 'factor', 'eps', 'inv_k'}
 SIZES = dict(P=kernels.PIXELS, C4=kernels.CHANNELS, B=kernels.OUTPUTS)
 
 
-def compile_kernel(name: str, dtype: str, capability: int, unit_stride: str) -> tuple[int, int]:
+def compile_kernel(name: str, dtype: str, capability: int,
+                   unit_stride: str) -> tuple[int, int]:
     """Registers and spilled bytes of ``name``, all options on; one stride is known to be 1."""
     kernel = getattr(kernels, name)
     signature, constants = {}, {}

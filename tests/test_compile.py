@@ -1,4 +1,4 @@
-"""What compilers and exporters make of the ops: torch.compile, torch.export, ONNX, triton's own."""
+"""What compilers and exporters make of the ops: torch.compile, torch.export, ONNX, triton."""
 import os
 import subprocess
 import sys
@@ -40,8 +40,9 @@ def test_torch_compile_trains_the_same_without_graph_break(depth):
 def test_torch_compile_of_each_implementation(impl):
     if impl == 'triton':
         pytest.importorskip('triton')
-    layers = torch.nn.Sequential(KNConv2d(3, 8, 3, padding=(1, 0, 1, 0), activation='relu', impl=impl),
-                                 KNConv2d(8, 5, 1, impl=impl))
+    layers = torch.nn.Sequential(
+        KNConv2d(3, 8, 3, padding=(1, 0, 1, 0), activation='relu', impl=impl),
+        KNConv2d(8, 5, 1, impl=impl))
     x = torch.rand(1, 3, 9, 8)
     if impl == 'triton' and torch.cuda.is_available():
         layers, x = layers.cuda(), x.cuda()

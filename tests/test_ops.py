@@ -140,7 +140,8 @@ def test_dropout_of_the_statistics_by_definition(options, impl, dtype, channels_
                                                  monkeypatch):
     """With an implementation's own mask, as its backward sees it, the definition agrees."""
     epilogue = EPILOGUES[OPTIONS.index(options) % 3]
-    inputs, options = make_case(**options, **epilogue, device=DEVICE if impl == 'triton' else 'cpu')
+    inputs, options = make_case(**options, **epilogue,
+                                device=DEVICE if impl == 'triton' else 'cpu')
     inputs = [t.detach().to(dtype) for t in inputs]
     if channels_last:
         inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
@@ -212,7 +213,8 @@ def test_drawn_positions(p):
 def test_dropped_and_kept_elements_count_as_scaled(channels_last):
     """Under p = 0.75 every kept element counts exactly four times."""
     for impl, passes in PASSES.items():
-        x = torch.randint(-8, 8, (2, 70, 5, 3), device=DEVICE if impl == 'triton' else 'cpu').float()
+        x = torch.randint(-8, 8, (2, 70, 5, 3)).float()
+        x = x.to(DEVICE if impl == 'triton' else 'cpu')
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         dropped = passes.draw(x, 0.75)

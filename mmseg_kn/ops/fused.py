@@ -334,7 +334,7 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, positions: Tensor | None,
                      dropout_p: float, grads: MomentGrads) -> Tensor:
     """Adds to ``dx``, in place where it can, what reaches x through the moments of its units."""
-    acc, (n, c, h, w) = accumulate_dtype(x.dtype), x.shape
+    acc, (c, h, w) = accumulate_dtype(x.dtype), x.shape[1:]
     kh, kw = geometry.kernel
     maps = torch.stack([m for m in grads if m is not None]) / (c * kh * kw)
     maps = box_sum_transpose(maps, geometry, h, w).to(acc).flatten(2).unsqueeze(2)

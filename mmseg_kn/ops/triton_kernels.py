@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused import MomentGrads, Moments, accumulate_dtype, is_channels_last
+from .fused import MomentGrads, Moments, is_channels_last
 from .geometry import Geometry
 
 PIXELS = 16  # a program's
@@ -141,7 +141,7 @@ def _shifted(z, s_ptr, t_ptr, channel, mask, u, v, FIRST: tl.constexpr, SECOND: 
 
 @triton.jit
 def _normalize(z_ptr, y_ptr, residual_ptr, scale_ptr, bias_ptr, s_ptr, u_ptr, t_ptr, v_ptr, units,
-               area, O, stride_n, stride_c, stride_p, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+               area, CO, stride_n, stride_c, stride_p, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
                RELU: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, P: tl.constexpr,
                B: tl.constexpr):
     """y = (z - s * u - t * v) * scale + bias, plus the residual or through relu."""
@@ -149,7 +149,7 @@ def _normalize(z_ptr, y_ptr, residual_ptr, scale_ptr, bias_ptr, s_ptr, u_ptr, t_
     inside = unit < units
     offset = _pixel_offsets(unit, area, stride_n, stride_p)
     channel = tl.program_id(1) * B + tl.arange(0, B)
-    exists = channel < O
+    exists = channel < CO
     mask = inside[:, None] & exists[None, :]
     where = offset[:, None] + channel.to(tl.int64)[None, :] * stride_c
     z = tl.load(z_ptr + where, mask, other=0.0).to(tl.float32)
@@ -172,12 +172,12 @@ def _normalize(z_ptr, y_ptr, residual_ptr, scale_ptr, bias_ptr, s_ptr, u_ptr, t_
 
 @triton.jit
 def _scale_grad(grad_ptr, saved_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, bias_ptr, s_ptr,
-                u_ptr, t_ptr, v_ptr, to_mean_ptr, hz_ptr, partial_ptr, units, area, O, stride_n,
+                u_ptr, t_ptr, v_ptr, to_mean_ptr, hz_ptr, partial_ptr, units, area, CO, stride_n,
                 stride_c, stride_p, RELU: tl.constexpr, BIAS: tl.constexpr, FIRST: tl.constexpr,
                 SECOND: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
     """h = grad * rstd with its sums over channels, and over this program's pixels.
 
-    partial (programs, 2, O): sum h * mean, sum grad.
+    partial (programs, 2, CO): sum h * mean, sum grad.
     """
     program = tl.program_id(0).to(tl.int64)
     unit = program * P + tl.arange(0, P)
@@ -193,9 +193,9 @@ def _scale_grad(grad_ptr, saved_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, 
         v = tl.load(v_ptr + unit, inside, other=0.0)
     to_mean = tl.zeros([P], tl.float32)
     hz = tl.zeros([P], tl.float32)
-    for start in range(0, O, B):
+    for start in range(0, CO, B):
         channel = start + tl.arange(0, B)
-        exists = channel < O
+        exists = channel < CO
         mask = inside[:, None] & exists[None, :]
         where = offset[:, None] + channel.to(tl.int64)[None, :] * stride_c
         grad = tl.load(grad_ptr + where, mask, other=0.0).to(tl.float32)
@@ -210,9 +210,9 @@ def _scale_grad(grad_ptr, saved_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, 
         tl.store(h_ptr + where, h.to(h_ptr.dtype.element_ty), mask)
         to_mean += tl.sum(h * tl.load(weight_sum_ptr + channel, exists, other=0.0)[None, :], 1)
         hz += tl.sum(h * z, 1)
-        partial = partial_ptr + program * 2 * O + channel
+        partial = partial_ptr + program * 2 * CO + channel
         tl.store(partial, tl.sum(h * mean[:, None], 0), exists)
-        tl.store(partial + O, tl.sum(grad, 0), exists)
+        tl.store(partial + CO, tl.sum(grad, 0), exists)
     if not RELU:
         hz *= rstd
     tl.store(to_mean_ptr + unit, to_mean, inside)

@@ -4,6 +4,10 @@ Rows are interleaved: each round runs every row once, so that a slow moment of t
 all of them. Shapes are those of KNResNet-18 and -50 at 512 x 1024, output stride 8, and of the
 ASPP head. Written as CSV: medians and 20 / 80 % quantiles of every row, with device and versions.
 
+Beside each time stand two floors: the multiply-adds of the convolutions over the rate of a large
+1x1 convolution, and the bytes that the row must move at least over the bandwidth of a large copy,
+both measured at the start of the run.
+
     python tools/analysis_tools/benchmark_knconv.py --out knconv.csv
 """
 import argparse
@@ -73,8 +77,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 2])
     parser.add_argument('--shapes', nargs='+', choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument('--rounds', type=int, default=9, help='(%(default)s)')
-    parser.add_argument('--skip', nargs='+', default=[],
-                        help='rows to leave out, e.g. reference unfused, which need much memory')
+    parser.add_argument('--skip', nargs='+', default=[], choices=['reference', 'unfused'],
+                        help='rows to leave out, as they need much time and memory')
     parser.add_argument('--out', help='CSV to write')
     args = parser.parse_args()
     args.device = torch.device(args.device)
@@ -150,6 +154,42 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(storages.values())
 
 
+def measure_peaks(args: argparse.Namespace) -> tuple[float, float]:
+    """Multiply-adds per ms of a large 1x1 convolution, and bytes per ms of a large copy."""
+    timer, channels = Timer(args.device), 4096 if args.device.type == 'cuda' else 1024
+    x = torch.randn(1, channels, 64, 64, device=args.device, dtype=args.dtype)
+    weight = torch.randn(channels, channels, 1, 1, device=args.device, dtype=args.dtype)
+    if args.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    source = torch.ones(2**28, dtype=torch.uint8, device=args.device)
+    target = source.clone()
+    products = [timer(lambda: F.conv2d(x, weight))[0] for _ in range(7)]
+    copies = [timer(lambda: target.copy_(source))[0] for _ in range(7)]
+    return channels**2 * 64**2 / min(products), 2 * source.numel() / min(copies)
+
+
+def floors(shape: tuple, batch: int, row: str, mode: str, peaks: tuple, itemsize: int) -> tuple:
+    """Milliseconds that the multiply-adds take at least, and the bytes; (None, None) if unknown.
+
+    A convolution reads its input and writes its output; its two gradients read and write two
+    more of each. KNConv reads x for the statistics, reads z and writes y; back, it reads g and
+    z and writes h, reads x and reads and writes dx. BatchNorm reads z twice and writes y; back,
+    it reads g and z twice and writes their gradient.
+    """
+    extra = {'conv': (0, 0, 0, 0), 'conv+bn': (0, 3, 0, 5), 'knconv': (1, 2, 3, 3)}.get(row)
+    if extra is None:
+        return None, None
+    channels, out, kernel, padding, dilation, height, width = shape
+    stride = 2 if kernel == 7 else 1
+    ho, wo = ((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+              for size in (height, width))
+    x, y = batch * channels * height * width, batch * out * ho * wo
+    macs, moved = y * channels * kernel**2, (1 + extra[0]) * x + (1 + extra[1]) * y
+    if mode == 'train':
+        macs, moved = 3 * macs, moved + (2 + extra[2]) * x + (2 + extra[3]) * y
+    return macs / peaks[0], moved * itemsize / peaks[1]
+
+
 def measure(shape: tuple, batch: int, args: argparse.Namespace) -> dict:
     """(row, mode) -> list of (milliseconds, MiB), and (row, 'saved') -> bytes."""
     torch.manual_seed(0)
@@ -175,7 +215,7 @@ def measure(shape: tuple, batch: int, args: argparse.Namespace) -> dict:
             layer.train(training)
         for i in range(args.rounds + 2):
             for name, layer in rows.items():
-                if name in SLOW and i >= args.rounds // 2 + 2:
+                if name in SLOW and i >= max(args.rounds // 2, 2) + 2:
                     continue
                 sample = timer(lambda: call(layer))  # noqa: B023 (called at once)
                 x.grad = None
@@ -194,7 +234,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         info = Path('/proc/cpuinfo')
         names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
                  if line.startswith('model name')] if info.exists() else []
-        device = f'{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads'
+        device = f'{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads'
     probe = torch.empty(1, 1, 1, 1, device=args.device, dtype=args.dtype)
     return dict(device=device, dtype=str(args.dtype).removeprefix('torch.'),
                 layout='channels_last' if args.channels_last else 'channels_first',
@@ -212,8 +252,8 @@ RATIOS = (
     ('evaluation, KNConv / plain conv', 'knconv', 'conv', 'eval'),
     ('training step, unfused / KNConv', 'unfused', 'knconv', 'train'),
     ('training step, definition / KNConv', 'reference', 'knconv', 'train'),
-    ('saved activations, + ReLU, where in == out, KNConv / BatchNorm', 'knconv+relu', 'conv+bn+relu',
-     'saved'),
+    ('saved activations, + ReLU, where in == out, KNConv / BatchNorm', 'knconv+relu',
+     'conv+bn+relu', 'saved'),
 )
 
 
@@ -225,7 +265,12 @@ def main() -> None:
     args = parse_args()
     setting = describe(args)
     print(', '.join(f'{k}: {v}' for k, v in setting.items()))
+    peaks = measure_peaks(args)
+    print(f'{peaks[0] * 1e-9:.3f} T multiply-adds/s in a 1x1 convolution, '
+          f'{peaks[1] * 1e-6:.1f} GB/s in a copy')
     table, ratios = [], {name: [] for name, *_ in RATIOS}
+    print('\n                              training step, ms               evaluation, ms\n'
+          'shape                batch  conv + BN    KNConv  floor        conv    KNConv  floor')
     for batch in args.batch_sizes:
         for name in args.shapes:
             shape = SHAPES[name]
@@ -235,21 +280,26 @@ def main() -> None:
                     continue
                 times = sorted(s[0] for s in samples)
                 low, _, _, high = statistics.quantiles(times, n=5)
+                compute, memory = floors(shape, batch, row, mode, peaks, args.dtype.itemsize)
                 table.append(dict(
                     **setting, shape=name, batch=batch, row=row, mode=mode,
                     median_ms=f'{median(samples):.3f}', p20_ms=f'{low:.3f}', p80_ms=f'{high:.3f}',
                     peak_mib='' if math.isnan(samples[0][1]) else f'{samples[0][1]:.1f}',
-                    saved_mib=f'{results[row, "saved"] / 2**20:.2f}'))
+                    saved_mib=f'{results[row, "saved"] / 2**20:.2f}',
+                    compute_floor_ms='' if compute is None else f'{compute:.3f}',
+                    memory_floor_ms='' if memory is None else f'{memory:.3f}'))
             for title, a, b, mode in RATIOS:
                 # activations compare at equal widths
                 if a in args.skip or b in args.skip or (mode == 'saved' and shape[0] != shape[1]):
                     continue
                 ratios[title].append(median(results[a, mode]) / median(results[b, mode]))
-            print(f'{name:20} batch {batch}: conv + BatchNorm '
-                  f'{median(results["conv+bn", "train"]):8.2f} ms, KNConv '
-                  f'{median(results["knconv", "train"]):8.2f} ms, in evaluation '
-                  f'{median(results["knconv", "eval"]):8.2f} of '
-                  f'{median(results["conv", "eval"]):8.2f} ms', flush=True)
+            cells = []
+            for mode, base in (('train', 'conv+bn'), ('eval', 'conv')):
+                own = median(results['knconv', mode])
+                floor = max(floors(shape, batch, 'knconv', mode, peaks, args.dtype.itemsize))
+                cells.append(f'{median(results[base, mode]):9.2f} {own:9.2f} {own / floor:6.2f}')
+            print(f'{name:20} {batch:5}  {"   ".join(cells)}', flush=True)
+    print('floor: KNConv over the higher of its two floors')
     print(f'\ngeometric means over {len(args.shapes) * len(args.batch_sizes)} cases (range)')
     for title, values in ratios.items():
         if values:
