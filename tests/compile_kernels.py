@@ -48,7 +48,8 @@ def compile_kernel(name: str, dtype: str, capability: int,
         elif key in FLOATS:
             signature[key] = 'fp32'
         else:
-            signature[key] = 'i64' if key in ('threshold', 'stride_n', 'pixels', 'units') else 'i32'
+            wide = key in ('threshold', 'stride_n', 'pixels', 'units')
+            signature[key] = 'i64' if wide else 'i32'
     target = GPUTarget('cuda', capability, 32)
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
     return resources(compiled.asm['cubin'])

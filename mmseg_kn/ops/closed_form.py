@@ -54,8 +54,9 @@ class _Setting:
         noisy = (1 - dropout_p)**unit < 1e-5 if training else self.factor > 1.01
         self.exact = not noisy or x.dtype == torch.float64
         self.half = accumulate_dtype(x.dtype) != x.dtype
-        self.centred = groups == 1 and (self.half or not (noisy and self.dropped))
-        self.plain = self.dropped and (self.half or self.centred)
+        # Under dropout |mean| * rstd is small enough for float32 as it is.
+        self.centred = groups == 1 and (self.half or not self.dropped)
+        self.plain = self.dropped and self.half
 
     def kernel(self, weight: Tensor, weight_sum: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the convolution takes."""
@@ -151,7 +152,7 @@ def _kn_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
     masked = not setting.dropped and not (x.device.type == 'cpu' and live.all())
     h, to_mean, hz, of_mean, dbias = passes.scale_grad(
         _like(grad, saved), saved, mean * live if masked else mean, rstd, weight_sum, bias,
-        shifts, relu)
+        shifts, relu, need_x)
 
     def conv_backward(need_x, need_weight):
         return torch.ops.aten.convolution_backward(

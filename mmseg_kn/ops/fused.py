@@ -281,8 +281,8 @@ class MomentGrads(NamedTuple):
 
 
 def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
-               bias: Tensor | None, shifts: list[tuple[Tensor, Tensor]],
-               relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+               bias: Tensor | None, shifts: list[tuple[Tensor, Tensor]], relu: bool,
+               need_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h = grad * rstd and its reductions.
 
     Args:
@@ -290,6 +290,7 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
         saved: z, or y where ``relu``: elsewhere than at y = 0, where the gradient is 0 too,
             z * rstd = y - b.
         shifts: As in :func:`normalize`.
+        need_x: Whether the second and third result, which only dx needs, are wanted.
 
     Returns:
         h (as ``grad``); sum_o h * sum(W)_o, sum_o h * z * rstd, both (N, Ho, Wo);
@@ -314,18 +315,19 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
         dbias += chunk.sum((0, 2), dtype=acc)
         torch.mul(chunk, scale[samples, :, pixels], out=hc)
         of_mean += (hc @ mean[samples, pixels]).sum(0)
-        sums = rows @ hc
-        to_mean[index] = sums[:, 0]
-        product = torch.mul(hc, z, out=_dense_like(chunk)[1]).sum(1)
-        if relu and bias is not None:
-            product -= sums[:, 1]
-        hz[index] = product
+        if need_x:
+            sums = rows @ hc
+            to_mean[index] = sums[:, 0]
+            product = torch.mul(hc, z, out=_dense_like(chunk)[1]).sum(1)
+            if relu and bias is not None:
+                product -= sums[:, 1]
+            hz[index] = product
         if hc is not target:
             target.copy_(hc)
     if not relu:
         hz *= rstd
     to_mean, hz = to_mean.view(n, ho, wo), hz.view(n, ho, wo)
-    for s, u in shifts:
+    for s, u in shifts if need_x else ():
         along = to_mean if s is weight_sum else (s.to(acc) @ h.flatten(2).to(acc)).view(n, ho, wo)
         hz = hz - along * u * rstd.view(n, ho, wo)
     return h, to_mean, hz, of_mean[:, 0], dbias

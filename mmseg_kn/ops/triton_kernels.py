@@ -344,9 +344,9 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
 
 
 def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
-               bias: Tensor | None, shifts: list[tuple[Tensor, Tensor]],
-               relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`.fused.scale_grad`."""
+               bias: Tensor | None, shifts: list[tuple[Tensor, Tensor]], relu: bool,
+               need_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`.fused.scale_grad`; nothing is gained by leaving ``need_x`` out."""
     n, o, h, w = grad.shape
     out = torch.empty_like(grad)
     to_mean, hz = grad.new_empty((2, n, h, w), dtype=torch.float32)
