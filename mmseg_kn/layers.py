@@ -146,12 +146,7 @@ class KNConv2d(nn.Conv2d):
         self.eps = eps
         self.impl = impl
         self.activation = activation
-        self._centred_weight = ops.CentredWeight()
 
-    def train(self, mode: bool = True) -> 'KNConv2d':
-        # What was written to weight.data since, as mmengine's EMAHook does, left no other trace.
-        self._centred_weight.clear()
-        return super().train(mode)
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
@@ -162,8 +157,7 @@ class KNConv2d(nn.Conv2d):
         """``residual``, if given, is added to the output."""
         return ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
                              self.dilation, self.groups, self.dropout_p, self.training, self.eps,
-                             self.impl, activation=self.activation, residual=residual,
-                             cache=self._centred_weight)
+                             self.impl, activation=self.activation, residual=residual)
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}'

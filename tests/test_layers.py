@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule, build_conv_layer, build_norm_layer
+from mmengine.model import ExponentialMovingAverage
 
 from mmseg_kn import KernelNorm2d, KNConv2d, ops
 
@@ -100,3 +101,27 @@ def test_same_padding_is_nn_conv2ds():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_evaluation_follows_the_weight_however_it_changes():
+    """Nothing derived from the weight is kept: mean teachers write to weight.data, unseen."""
+    conv, x = KNConv2d(4, 6, 3).eval(), torch.rand(1, 4, 7, 7)
+    teacher = ExponentialMovingAverage(conv, momentum=0.5).eval()
+    optimizer = torch.optim.SGD(conv.parameters(), 0.1)
+
+    def is_current(conv):
+        with torch.no_grad():
+            expected = ops.kn_conv2d(x, conv.weight, conv.bias, dropout_p=0.05, impl='reference')
+            torch.testing.assert_close(conv(x), expected, atol=1e-5, rtol=1e-5)
+
+    is_current(conv), is_current(teacher.module)
+    conv(x).square().sum().backward()
+    optimizer.step()
+    is_current(conv)
+    teacher.update_parameters(conv)
+    teacher.update_parameters(conv)
+    is_current(teacher.module)
+    conv.weight.data.copy_(torch.randn_like(conv.weight))
+    is_current(conv)
+    conv.load_state_dict(teacher.module.state_dict())
+    is_current(conv), is_current(copy.deepcopy(conv))

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from . import closed_form, reference
-from .closed_form import CentredWeight
 from .geometry import check_epilogue, check_input, check_weight, make_geometry
 
-__all__ = ['IMPLS', 'CentredWeight', 'chosen_impl', 'kernel_norm2d', 'kn_conv2d']
+__all__ = ['IMPLS', 'chosen_impl', 'kernel_norm2d', 'kn_conv2d']
 
 IMPLS = ('auto', 'triton', 'fused', 'reference')
 
@@ -30,13 +29,20 @@ def chosen_impl(input: Tensor, impl: str = 'auto') -> str:
     """
     if impl not in IMPLS:
         raise ValueError(f'impl must be one of {IMPLS}, got {impl!r}')
-    if impl not in ('auto', 'triton') or (impl == 'auto' and not input.is_cuda):
-        return 'fused' if impl == 'auto' else impl
+    if impl in ('fused', 'reference'):
+        return impl
+    if impl == 'auto' and (not input.is_cuda or _exports()):
+        return 'fused'
     obstacle = _triton_obstacle(input.device, input.dtype)
     if impl == 'triton' and obstacle:
         raise ValueError(f"impl='triton' cannot run here: {obstacle}; use impl='auto', which "
                          'falls back')
     return 'fused' if obstacle else 'triton'
+
+
+def _exports() -> bool:
+    """Exporters see through torch ops only."""
+    return torch.jit.is_tracing() or getattr(torch.compiler, 'is_exporting', lambda: False)()
 
 
 @torch.compiler.assume_constant_result
@@ -53,6 +59,8 @@ def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | Non
         from . import triton_kernels
     except ImportError as error:
         return f'triton cannot be imported ({error})'
+    if triton_kernels.TOO_OLD:
+        return 'it needs triton 3.3'
     if triton_kernels.INTERPRETED:
         return None
     if device.type != 'cuda' or torch.version.hip:
@@ -60,6 +68,11 @@ def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | Non
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f'it needs compute capability 8.0, got {capability[0]}.{capability[1]}'
+    try:  # launching needs a C compiler and Python's headers, once
+        triton_kernels.unit_moments(torch.zeros(1, 1, 1, 1, device=device, dtype=dtype),
+                                    make_geometry(1), None, 0.0, 1.0, 1e-5, True, False)
+    except Exception as error:  # whatever is missing, torch ops can do without
+        return f'its kernels do not run ({error})'
     return None
 
 
@@ -81,8 +94,7 @@ def kn_conv2d(input: Tensor,
               impl: str = 'auto',
               *,
               activation: str | None = None,
-              residual: Tensor | None = None,
-              cache: CentredWeight | None = None) -> Tensor:
+              residual: Tensor | None = None) -> Tensor:
     r"""Convolution over windows that are each normalized by their own mean and variance.
 
     .. math::
@@ -113,11 +125,11 @@ def kn_conv2d(input: Tensor,
         activation: ``'relu'`` or None, applied to the output: one pass less, and backward keeps
             nothing of the output but what the next layer keeps anyway.
         residual: Added to the output, of its shape; not together with ``activation``.
-        cache: Keeps the centred weight between evaluations without gradients.
 
     Returns:
         (N, out_channels, Ho, Wo), sized as ``torch.nn.functional.conv2d`` does, in the dtype
-        of ``input``, or autocast's where autocast is on. Statistics are float32 or better.
+        of ``input``, or autocast's where autocast is on (a ``residual`` of another
+        promotes). Statistics are float32 or better.
 
     Raises:
         ValueError: Shapes, dtypes or options do not fit; the message names the invariant.
@@ -148,8 +160,7 @@ def kn_conv2d(input: Tensor,
             output = output.relu() if activation else output
         else:
             output = closed_form.kn_conv2d(input, weight, bias, geometry, groups, dropout_p,
-                                           training, eps, activation == 'relu', residual, cache,
-                                           impl)
+                                           training, eps, activation == 'relu', residual, impl)
     return output if added_after is None else output + added_after
 
 

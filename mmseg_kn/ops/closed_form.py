@@ -16,12 +16,12 @@ are closed form as well, with g = dL/dy and h = g * rstd:
     dx    = conv_input_grad(W, h) + m * (box^T(dmean) + 2 m x * box^T(dvar)) / K
 
 where m is the dropout mask times 1 / (1 - p). Both directions are custom operators, which
-torch.compile and CUDA graphs take as one step each. Evaluation without gradients is plain torch
-ops, open to exporters and FLOP counters.
+torch.compile and CUDA graphs take as one step each. Without gradients the fused passes are plain
+torch ops, open to exporters and FLOP counters.
 
-For groups == 1 the weight is centred wherever cancellation threatens: mean = conv(x, 1 / K),
-hence conv(x, W) - mean * sum(W) = conv(x, W - W.mean()). A constant unit (variance 0) has z = 0
-by definition, rather than the convolution's rounding times 316.
+For groups == 1 the weight is centred, except in training where dropout noise bounds |mean| * rstd:
+mean = conv(x, 1 / K), hence conv(x, W) - mean * sum(W) = conv(x, W - W.mean()). A
+constant unit (variance 0) has z = 0 by definition, rather than the convolution's rounding times 316.
 """
 from types import ModuleType
 
@@ -54,9 +54,9 @@ class _Setting:
         noisy = (1 - dropout_p)**unit < 1e-5 if training else self.factor > 1.01
         self.exact = not noisy or x.dtype == torch.float64
         self.half = accumulate_dtype(x.dtype) != x.dtype
-        # Under dropout |mean| * rstd is small enough for float32 as it is.
-        self.centred = groups == 1 and (self.half or not self.dropped)
-        self.plain = self.dropped and self.half
+        # Under dropout |mean| * rstd stays below 10: float32 can do without.
+        self.centred = groups == 1 and (self.half or not self.dropped or dropout_p < 0.01)
+        self.plain = self.dropped and (self.half or self.centred)
 
     def kernel(self, weight: Tensor, weight_sum: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the convolution takes."""
@@ -81,19 +81,17 @@ def _weight_sum(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(passes, x, weight, bias, residual, dropped, geometry, groups, dropout_p, setting,
-             eps, relu, keep_z, kernel=None):
+             eps, relu, keep_z):
     moments = passes.unit_moments(x, geometry, dropped, dropout_p, setting.factor, eps,
                                   setting.exact, setting.plain)
-    needs_sum = kernel is None or setting.dropped or not setting.centred
-    weight_sum = _weight_sum(weight, x.dtype) if needs_sum else None
-    if kernel is None:
-        kernel = setting.kernel(weight, weight_sum, x.dtype)
+    weight_sum = _weight_sum(weight, x.dtype)
+    kernel = setting.kernel(weight, weight_sum, x.dtype)
     kernel_sum = _weight_sum(kernel, x.dtype) if setting.half else None
     z = F.conv2d(x, kernel, None, geometry.stride, geometry.symmetric_padding, geometry.dilation,
                  groups)
     # Under dropout a constant unit differs from its mean, unless it is 0.
-    exact = setting.exact and not setting.dropped
-    scale = moments.rstd * moments.live if exact else moments.rstd
+    dead = setting.exact and not setting.dropped
+    scale = moments.rstd * moments.live if dead else moments.rstd
     y = passes.normalize(z, scale, bias, residual,
                          setting.shifts(weight_sum, kernel_sum, moments.mean, moments.plain),
                          relu, not keep_z)
@@ -105,7 +103,11 @@ def _symmetric(weight: Tensor, stride, padding, dilation) -> Geometry:
     return Geometry(tuple(weight.shape[2:]), tuple(stride), (w, w, h, h), tuple(dilation))
 
 
-@torch.library.custom_op('mmseg_kn::kn_conv2d', mutates_args=())
+# Schemas are spelled out: torch 2.6 infers none from list[int].
+@torch.library.custom_op('mmseg_kn::kn_conv2d', mutates_args=(), schema=(
+    '(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? dropped, SymInt[] stride, '
+    'SymInt[] padding, SymInt[] dilation, SymInt groups, float dropout_p, bool training, '
+    'float eps, bool relu, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'))
 def _kn_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
                dropped: Tensor | None, stride: list[int], padding: list[int],
                dilation: list[int], groups: int, dropout_p: float, training: bool, eps: float,
@@ -116,7 +118,8 @@ def _kn_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     y, z, moments = _forward(_passes(impl), x, weight, bias, residual, dropped, geometry, groups,
                              dropout_p, setting, eps, relu, keep_z=not relu)
     acc, none = accumulate_dtype(x.dtype), x.new_empty(0)
-    plain = none if relu or moments.plain is None else moments.plain.to(acc)
+    # a clone: an operator's outputs are no views
+    plain = none if relu or moments.plain is None else moments.plain.to(acc).clone()
     return (y, moments.mean.to(acc), moments.rstd.to(acc), moments.live,
             x.new_empty(0) if relu else z, plain)
 
@@ -133,7 +136,11 @@ def _(x, weight, bias, residual, dropped, stride, padding, dilation, groups, dro
             x.new_empty(units, dtype=acc) if plain else x.new_empty(0))
 
 
-@torch.library.custom_op('mmseg_kn::kn_conv2d_backward', mutates_args=())
+@torch.library.custom_op('mmseg_kn::kn_conv2d_backward', mutates_args=(), schema=(
+    '(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? dropped, Tensor mean, '
+    'Tensor rstd, Tensor live, Tensor saved, Tensor plain, SymInt[] stride, SymInt[] padding, '
+    'SymInt[] dilation, SymInt groups, float dropout_p, bool training, bool relu, bool need_x, '
+    'bool need_weight, str impl) -> (Tensor, Tensor, Tensor)'))
 def _kn_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
                         dropped: Tensor | None, mean: Tensor, rstd: Tensor, live: Tensor,
                         saved: Tensor, plain: Tensor, stride: list[int], padding: list[int],
@@ -167,14 +174,16 @@ def _kn_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
         dx, dweight = conv_backward(need_x, need_weight)
     if need_weight:  # broadcast over (in, kh, kw)
         dweight = dweight.to(of_mean.dtype).sub_(of_mean.view(-1, 1, 1, 1)).to(weight.dtype)
+        dweight = _like(dweight, weight)
     if need_x:
         dvar = hz * rstd * live * -0.5
         q = 1 / (1 - dropout_p) if setting.dropped else 1.0
-        constant = (to_mean + 2 * mean * dvar) * -q
-        slope = dvar * (2 * q * q * setting.factor)
-        through_kernel = to_mean if setting.centred else None
-        if through_kernel is not None and not setting.dropped:
-            constant, through_kernel = constant + through_kernel, None
+        # A centred kernel takes the plain mean away itself; without dropout it is the mean.
+        by_mean = 2 * mean * dvar
+        if setting.dropped or not setting.centred:
+            by_mean = by_mean + to_mean
+        constant, slope = by_mean * -q, dvar * (2 * q * q * setting.factor)
+        through_kernel = to_mean if setting.dropped and setting.centred else None
         dx = passes.add_moment_grads(_like(dx, x), x, geometry, dropped, dropout_p,
                                      MomentGrads(constant, slope, through_kernel))
     none = x.new_empty(0)
@@ -195,6 +204,7 @@ def _save_kn_conv2d(ctx, inputs, output):
     y, mean, rstd, live, z, plain = output
     ctx.mark_non_differentiable(mean, rstd, live, z, plain)
     ctx.set_materialize_grads(False)
+    ctx.channels_last = is_channels_last(x)
     ctx.save_for_backward(x, weight, bias, dropped, mean, rstd, live, y if ctx.relu else z, plain)
 
 
@@ -203,8 +213,12 @@ def _kn_conv2d_grads(ctx, grad, *_):
         return (None, ) * 14
     x, weight, bias, *saved = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-    dx, dweight, dbias = _kn_conv2d_backward(grad, x, weight, bias, *saved, *ctx.options,
-                                             ctx.relu, need_x, need_weight, ctx.impl)
+    if not (need_x or need_weight or need_bias):
+        return (*[None] * 3, grad, *[None] * 10)
+    x = _restored(x, ctx.channels_last)
+    with torch.autocast(x.device.type, enabled=False):  # backward() may be called under it
+        dx, dweight, dbias = _kn_conv2d_backward(grad, x, weight, bias, *saved, *ctx.options,
+                                                 ctx.relu, need_x, need_weight, ctx.impl)
     return (dx if need_x else None, dweight if need_weight else None,
             dbias if need_bias else None, grad if need_residual else None, *[None] * 10)
 
@@ -212,7 +226,9 @@ def _kn_conv2d_grads(ctx, grad, *_):
 _kn_conv2d.register_autograd(_kn_conv2d_grads, setup_context=_save_kn_conv2d)
 
 
-@torch.library.custom_op('mmseg_kn::unit_moments', mutates_args=())
+@torch.library.custom_op('mmseg_kn::unit_moments', mutates_args=(), schema=(
+    '(Tensor x, Tensor? dropped, SymInt[] kernel, SymInt[] stride, float dropout_p, '
+    'bool training, float eps, str impl) -> (Tensor, Tensor, Tensor)'))
 def _unit_moments(x: Tensor, dropped: Tensor | None, kernel: list[int], stride: list[int],
                   dropout_p: float, training: bool, eps: float,
                   impl: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +249,10 @@ def _(x, dropped, kernel, stride, dropout_p, training, eps, impl):
             x.new_empty(units, dtype=torch.bool))
 
 
-@torch.library.custom_op('mmseg_kn::unit_moments_backward', mutates_args=())
+@torch.library.custom_op('mmseg_kn::unit_moments_backward', mutates_args=(), schema=(
+    '(Tensor grad_mean, Tensor grad_rstd, Tensor x, Tensor? dropped, Tensor mean, Tensor rstd, '
+    'Tensor live, SymInt[] kernel, SymInt[] stride, float dropout_p, bool training, str impl) '
+    '-> Tensor'))
 def _unit_moments_backward(grad_mean: Tensor, grad_rstd: Tensor, x: Tensor,
                            dropped: Tensor | None, mean: Tensor, rstd: Tensor, live: Tensor,
                            kernel: list[int], stride: list[int], dropout_p: float,
@@ -256,15 +275,24 @@ def _(grad_mean, grad_rstd, x, *_):
 def _save_unit_moments(ctx, inputs, output):
     x, dropped, *ctx.options, _, ctx.impl = inputs
     ctx.mark_non_differentiable(output[2])
+    ctx.channels_last = is_channels_last(x)
     ctx.save_for_backward(x, dropped, *output)
 
 
 def _unit_moments_grads(ctx, grad_mean, grad_rstd, _):
-    dx = _unit_moments_backward(grad_mean, grad_rstd, *ctx.saved_tensors, *ctx.options, ctx.impl)
+    x, *saved = ctx.saved_tensors
+    x = _restored(x, ctx.channels_last)
+    dx = _unit_moments_backward(grad_mean, grad_rstd, x, *saved, *ctx.options, ctx.impl)
     return dx, *[None] * 7
 
 
 _unit_moments.register_autograd(_unit_moments_grads, setup_context=_save_unit_moments)
+
+
+def _restored(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` in the layout it was saved in, which hooks may lose and dropped positions count in."""
+    return x.contiguous(memory_format=torch.channels_last if channels_last
+                        else torch.contiguous_format)
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -280,28 +308,30 @@ def _differentiates(*tensors: Tensor | None) -> bool:
         t is not None and t.requires_grad for t in tensors)
 
 
+def _opaque(impl: str) -> bool:
+    """Compilers see triton's launches as operators only."""
+    return impl == 'triton' and torch.compiler.is_compiling()
+
+
 def _draw(passes: ModuleType, x: Tensor, dropout_p: float, training: bool) -> Tensor | None:
     return passes.draw(x, dropout_p) if training and dropout_p else None
 
 
 def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
               groups: int, dropout_p: float, training: bool, eps: float, relu: bool,
-              residual: Tensor | None, cache: 'CentredWeight | None', impl: str) -> Tensor:
+              residual: Tensor | None, impl: str) -> Tensor:
     """:func:`mmseg_kn.ops.kn_conv2d` in closed form."""
     if geometry.symmetric_padding is None:
         input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
     x, passes = _like(input, input), _passes(impl)
     dropped = _draw(passes, x, dropout_p, training)
-    if _differentiates(x, weight, bias, residual):
+    if _differentiates(x, weight, bias, residual) or _opaque(impl):
         return _kn_conv2d(x, weight, bias, residual, dropped, geometry.stride,
                           geometry.symmetric_padding, geometry.dilation, groups, dropout_p,
                           training, eps, relu, impl)[0]
     setting = _Setting(x, geometry, dropout_p, training, groups)
-    kernel = None
-    if cache is not None and not training and setting.centred:
-        kernel = cache(weight, x.dtype, setting)
     return _forward(passes, x, weight, bias, residual, dropped, geometry, groups, dropout_p,
-                    setting, eps, relu, keep_z=False, kernel=kernel)[0]
+                    setting, eps, relu, keep_z=False)[0]
 
 
 def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training: bool,
@@ -310,7 +340,7 @@ def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training:
     input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
     x, passes = _like(input, input), _passes(impl)
     dropped = _draw(passes, x, dropout_p, training)
-    if _differentiates(x):
+    if _differentiates(x) or _opaque(impl):
         mean, rstd, _ = _unit_moments(x, dropped, geometry.kernel, geometry.stride, dropout_p,
                                       training, eps, impl)
     else:
@@ -327,34 +357,3 @@ def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training:
     units = units.to(x.dtype).transpose(3, 4)
     n, c, ho, _, wo, _ = units.shape
     return units.reshape(n, c, ho * kh, wo * kw)
-
-
-class CentredWeight:
-    """Keeps the centred weight of a layer from one evaluation to the next.
-
-    Computed anew when the weight is another tensor, lies elsewhere, or was changed in place
-    (its version counter). What changes it behind the counter, ``weight.data.copy_()``, must
-    :meth:`clear`; ``KNConv2d`` does at each ``train()`` and ``eval()``. A copy or a pickle of it
-    is empty.
-    """
-
-    def __init__(self) -> None:
-        self._kept = None
-
-    def clear(self) -> None:
-        self._kept = None
-
-    def __call__(self, weight: Tensor, dtype: torch.dtype, setting: _Setting) -> Tensor:
-        tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if tracing or weight.is_inference():  # which has no version counter
-            return setting.kernel(weight, _weight_sum(weight, dtype), dtype)
-        key = (weight._version, weight.data_ptr(), dtype)
-        kept = self._kept  # read once: other threads may replace it
-        if kept is None or kept[0] is not weight or kept[1] != key:
-            with torch.no_grad():
-                kernel = setting.kernel(weight, _weight_sum(weight, dtype), dtype)
-            self._kept = kept = (weight, key, kernel)
-        return kept[2]
-
-    def __reduce__(self):
-        return CentredWeight, ()

@@ -149,7 +149,7 @@ def _by_chunk(x: Tensor, positions: Tensor | None):
         ends = torch.tensor([v.numel() for v in views]).cumsum(0)
         bounds = [0, *torch.searchsorted(positions.long(), ends).tolist()]
         starts = [0, *ends.tolist()]
-        dropped = [positions[a:b].long().sub_(start)
+        dropped = [positions[a:b].long() - start
                    for a, b, start in zip(bounds, bounds[1:], starts, strict=False)]
     yield from zip(chunks, views, dropped, strict=True)
 
@@ -159,11 +159,11 @@ def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool, plain: bool)
 
     ``exact`` guards against the cancellation of E2 - mean ** 2 where |mean| >> std (bright
     skies, constant borders): float32 sums are those of x minus the pixel's first channel, and
-    the maps are float64. Where dropout noise keeps var / mean ** 2 above 1 %, it is not needed.
+    the maps are float64. It is not needed where dropout, or its expectation, adds enough noise.
     """
     acc, (n, c, h, w) = accumulate_dtype(x.dtype), x.shape
     if _eager(x) and x.dtype == acc and positions is None and not exact and x.is_contiguous() and (
-            c * h * w >= _WIDE):
+            n and c * h * w >= _WIDE):
         return _channel_sums_by_batch_norm(x)
     shift = exact and positions is None
     first = x[:, :1].to(acc).flatten(2) if shift else None
@@ -263,7 +263,8 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
         if relu:
             value = value.relu_()
         if memory is None:
-            return value.to(z.dtype).view(z.shape)
+            layout = torch.channels_last if is_channels_last(z) else torch.contiguous_format
+            return value.to(z.dtype).view(z.shape).contiguous(memory_format=layout)
         if value is not target:
             target.copy_(value)
     return y
@@ -282,7 +283,7 @@ class MomentGrads(NamedTuple):
 
 def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
                bias: Tensor | None, shifts: list[tuple[Tensor, Tensor]], relu: bool,
-               need_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+               need_x: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """h = grad * rstd and its reductions.
 
     Args:
@@ -290,7 +291,7 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
         saved: z, or y where ``relu``: elsewhere than at y = 0, where the gradient is 0 too,
             z * rstd = y - b.
         shifts: As in :func:`normalize`.
-        need_x: Whether the second and third result, which only dx needs, are wanted.
+        need_x: Whether the second and third result are wanted, which only dx needs; else None.
 
     Returns:
         h (as ``grad``); sum_o h * sum(W)_o, sum_o h * z * rstd, both (N, Ho, Wo);
@@ -324,10 +325,12 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
             hz[index] = product
         if hc is not target:
             target.copy_(hc)
+    if not need_x:
+        return h, None, None, of_mean[:, 0], dbias
     if not relu:
         hz *= rstd
     to_mean, hz = to_mean.view(n, ho, wo), hz.view(n, ho, wo)
-    for s, u in shifts if need_x else ():
+    for s, u in shifts:
         along = to_mean if s is weight_sum else (s.to(acc) @ h.flatten(2).to(acc)).view(n, ho, wo)
         hz = hz - along * u * rstd.view(n, ho, wo)
     return h, to_mean, hz, of_mean[:, 0], dbias

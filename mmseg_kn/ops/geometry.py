@@ -135,7 +135,7 @@ def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation
 
     Raises:
         ValueError: ``activation`` is not None or ``'relu'``, ``residual`` is given beside it, or
-            has not the output's shape and dtype.
+            has not the output's shape.
     """
     if activation not in (None, 'relu'):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}")

@@ -85,11 +85,11 @@ def _channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, area, C, stride_n, stride_c
     s2 = kept_square.to(tl.float64)
     if DROPOUT:
         n = count.to(tl.float64)
-        tl.store(maps_ptr + 2 * pixels + pixel, total.to(tl.float64) + C * origin, inside)
+        tl.store(maps_ptr + pixel + pixels + pixels, total.to(tl.float64) + C * origin, inside)
     else:
         n = C + tl.zeros([P], tl.float64)
     tl.store(maps_ptr + pixel, (s1 + n * origin) * q, inside)
-    tl.store(maps_ptr + pixels + pixel, (s2 + origin * (2 * s1 + n * origin)) * q * q, inside)
+    tl.store(maps_ptr + pixel + pixels, (s2 + origin * (2 * s1 + n * origin)) * q * q, inside)
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _moments(maps_ptr, mean_ptr, rstd_ptr, live_ptr, plain_ptr, pixels, H, W, un
             s1 += tl.load(at, mask, other=0.0)
             s2 += tl.load(at + pixels, mask, other=0.0)
             if PLAIN:
-                s3 += tl.load(at + 2 * pixels, mask, other=0.0)
+                s3 += tl.load(at + pixels + pixels, mask, other=0.0)
     mean = s1 / K  # a float32 1 / K would bring back the cancellation
     second = s2 / K
     var = second * factor - mean * mean
@@ -243,7 +243,7 @@ def _add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride
             constant += tl.load(at, mask, other=0.0)
             slope += tl.load(at + units, mask, other=0.0)
             if PLAIN:
-                plain += tl.load(at + 2 * units, mask, other=0.0)
+                plain += tl.load(at + units + units, mask, other=0.0)
     constant *= inv_k
     slope *= inv_k
     plain *= inv_k
@@ -266,6 +266,7 @@ def _add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride
                      mask)
 
 
+TOO_OLD = tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3)  # knows no tuples
 INTERPRETED = not isinstance(_moments, triton.JITFunction)
 
 
@@ -321,6 +322,10 @@ def unit_moments(x: Tensor, geometry: Geometry, seed: Tensor | None, dropout_p: 
     return Moments(mean, rstd, live, plain_mean)
 
 
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
 def _two(shifts: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor | None], dict]:
     flat = [t.contiguous() for pair in shifts for t in pair]
     return flat + [None] * (4 - len(flat)), dict(FIRST=len(shifts) > 0, SECOND=len(shifts) > 1)
@@ -337,7 +342,7 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
     shift_args, flags = _two(shifts)
     block = min(OUTPUTS, triton.next_power_of_2(o))
     _launch(_normalize, z, (triton.cdiv(n * h * w, PIXELS), triton.cdiv(o, block)), z, y,
-            residual, scale, bias, *shift_args, n * h * w, h * w, o, *_strides(z),
+            residual, scale, _dense(bias), *shift_args, n * h * w, h * w, o, *_strides(z),
             BIAS=bias is not None, RESIDUAL=residual is not None, RELU=relu, P=PIXELS, B=block,
             **flags)
     return y
@@ -353,11 +358,12 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
     programs = triton.cdiv(n * h * w, PIXELS)
     partial = grad.new_empty((programs, 2, o), dtype=torch.float32)
     shift_args, flags = _two(shifts)
-    _launch(_scale_grad, grad, (programs, ), grad, saved, out, mean, rstd, weight_sum, bias,
-            *shift_args, to_mean, hz, partial, n * h * w, h * w, o, *_strides(grad), RELU=relu,
-            BIAS=bias is not None, P=PIXELS, B=min(OUTPUTS, triton.next_power_of_2(o)), **flags)
+    _launch(_scale_grad, grad, (programs, ), grad, saved, out, mean, rstd, weight_sum,
+            _dense(bias), *shift_args, to_mean, hz, partial, n * h * w, h * w, o,
+            *_strides(grad), RELU=relu, BIAS=bias is not None, P=PIXELS,
+            B=min(OUTPUTS, triton.next_power_of_2(o)), **flags)
     of_mean, dbias = partial.sum(0)
-    return out, to_mean, hz, of_mean, dbias
+    return out, to_mean, hz, of_mean, dbias.clone()  # an operator's outputs are no views
 
 
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, seed: Tensor | None,
