@@ -19,9 +19,12 @@ where m is the dropout mask times 1 / (1 - p). Both directions are custom operat
 torch.compile and CUDA graphs take as one step each. Without gradients the fused passes are plain
 torch ops, open to exporters and FLOP counters.
 
-For groups == 1 the weight is centred, except in training where dropout noise bounds |mean| * rstd:
-mean = conv(x, 1 / K), hence conv(x, W) - mean * sum(W) = conv(x, W - W.mean()). A
-constant unit (variance 0) has z = 0 by definition, rather than the convolution's rounding times 316.
+For groups == 1 the weight is centred, except in training where dropout noise bounds
+|mean| * rstd: mean = conv(x, 1 / K), hence
+
+    conv(x, W) - mean * sum(W) = conv(x, W - W.mean())
+
+A constant unit (variance 0) has z = 0 by definition, rather than rounding times 316.
 """
 from types import ModuleType
 
