@@ -45,10 +45,13 @@ def _exports() -> bool:
     return torch.jit.is_tracing() or getattr(torch.compiler, 'is_exporting', lambda: False)()
 
 
-@torch.compiler.assume_constant_result
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why triton cannot serve, None if it can."""
     return _find_triton_obstacle(device, dtype)
+
+
+# torch.compiler.assume_constant_result would import dynamo, and that triton, here and now.
+_triton_obstacle._dynamo_marked_constant = True
 
 
 @lru_cache
