@@ -278,16 +278,17 @@ def test_error_is_within_twice_torchs_own(impl, dtype, relu, channels_last):
         return [y.detach(), x.grad, weight.grad, bias.grad]
 
     doubles = [t.detach().double() for t in inputs]
-    bound = max(relative_error(a, e) for a, e in zip(
-        conv_norm(inputs, dtype), conv_norm(doubles, torch.float64), strict=True))
+    bounds = [relative_error(a, e) for a, e in zip(
+        conv_norm(inputs, dtype), conv_norm(doubles, torch.float64), strict=True)]
     # the interpreter cuts bfloat16 off where hardware rounds
     slack = 4 if impl == 'triton' and dtype == torch.bfloat16 and DEVICE == 'cpu' else 2
     for options in (dict(), dict(dropout_p=0.1)):
         actual = run(inputs, impl, padding=1, **options)
         expected = run(doubles, 'reference', padding=1, **options)
-        for a, e in zip(actual, expected, strict=True):
+        for a, e, bound in zip(actual, expected, bounds, strict=True):
             assert a.dtype == dtype
-            assert relative_error(a, e) <= slack * bound
+            # torch's figure has no dropout: its largest stands for all four there
+            assert relative_error(a, e) <= slack * (max(bounds) if options else bound)
 
 
 @pytest.mark.parametrize('impl', IMPLS)

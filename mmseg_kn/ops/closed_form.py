@@ -57,7 +57,7 @@ class _Setting:
         noisy = (1 - dropout_p)**unit < 1e-5 if training else self.factor > 1.01
         self.exact = not noisy or x.dtype == torch.float64
         self.half = accumulate_dtype(x.dtype) != x.dtype
-        # Under dropout |mean| * rstd stays below 10: float32 can do without.
+        # Dropout's noise bounds |mean| * rstd, about 1 / sqrt(p): float32 can do without.
         self.centred = groups == 1 and (self.half or not self.dropped or dropout_p < 0.01)
         self.plain = self.dropped and (self.half or self.centred)
 
@@ -218,7 +218,7 @@ def _kn_conv2d_grads(ctx, grad, *_):
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     if not (need_x or need_weight or need_bias):
         return (*[None] * 3, grad, *[None] * 10)
-    x = _restored(x, ctx.channels_last)
+    x = _dense(x, ctx.channels_last)  # hooks may lose it, and dropped positions count in it
     with torch.autocast(x.device.type, enabled=False):  # backward() may be called under it
         dx, dweight, dbias = _kn_conv2d_backward(grad, x, weight, bias, *saved, *ctx.options,
                                                  ctx.relu, need_x, need_weight, ctx.impl)
@@ -284,7 +284,7 @@ def _save_unit_moments(ctx, inputs, output):
 
 def _unit_moments_grads(ctx, grad_mean, grad_rstd, _):
     x, *saved = ctx.saved_tensors
-    x = _restored(x, ctx.channels_last)
+    x = _dense(x, ctx.channels_last)  # hooks may lose it, and dropped positions count in it
     dx = _unit_moments_backward(grad_mean, grad_rstd, x, *saved, *ctx.options, ctx.impl)
     return dx, *[None] * 7
 
@@ -292,22 +292,25 @@ def _unit_moments_grads(ctx, grad_mean, grad_rstd, _):
 _unit_moments.register_autograd(_unit_moments_grads, setup_context=_save_unit_moments)
 
 
-def _restored(x: Tensor, channels_last: bool) -> Tensor:
-    """``x`` in the layout it was saved in, which hooks may lose and dropped positions count in."""
+def _dense(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if channels_last
                         else torch.contiguous_format)
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
     """``x`` dense in the memory format of ``other``."""
-    return x.contiguous(memory_format=torch.channels_last if is_channels_last(other)
-                        else torch.contiguous_format)
+    return _dense(x, is_channels_last(other))
+
+
+def exports() -> bool:
+    """Whether an exporter is at work: it sees through torch ops only."""
+    # torch 2.6 has no is_exporting
+    return torch.jit.is_tracing() or getattr(torch.compiler, 'is_exporting', lambda: False)()
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
     """Whether to go through autograd; else the ops are open to FLOP counters and exporters."""
-    exporting = getattr(torch.compiler, 'is_exporting', lambda: False)()
-    return torch.is_grad_enabled() and not (torch.jit.is_tracing() or exporting) and any(
+    return torch.is_grad_enabled() and not exports() and any(
         t is not None and t.requires_grad for t in tensors)
 
 

@@ -338,12 +338,12 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
 
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, positions: Tensor | None,
                      dropout_p: float, grads: MomentGrads) -> Tensor:
-    """Adds to ``dx``, in place where it can, what reaches x through the moments of its units."""
+    """Adds to ``dx``, in place, what reaches x through the moments of its units."""
     acc, (c, h, w) = accumulate_dtype(x.dtype), x.shape[1:]
     kh, kw = geometry.kernel
     maps = torch.stack([m for m in grads if m is not None]) / (c * kh * kw)
     maps = box_sum_transpose(maps, geometry, h, w).to(acc).flatten(2).unsqueeze(2)
-    result, into = dx, dx.flatten(2)
+    into = dx.flatten(2)
     for index, chunk, dropped in _by_chunk(x, positions):
         samples, pixels = index
         constant, slope, *plain = maps[:, samples, :, pixels]
@@ -354,4 +354,4 @@ def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, positions: Tenso
         if plain:
             memory.add_(plain[0])
         into[samples, :, pixels].add_(memory)
-    return result
+    return dx

@@ -15,7 +15,6 @@ import csv
 import math
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -314,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()
