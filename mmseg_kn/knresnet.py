@@ -2,8 +2,8 @@
 
 Source: R. Nasirigerdeh, R. Torkzadehmahani, D. Rueckert, G. Kaissis, "Kernel Normalized
 Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089; their classification
-models are in the repository norm-torch. Added here: depth 101, exact dilation, and outputs
-of every stage.
+models (repository norm-torch) are in classification.py. Added here: depth 101, exact dilation,
+and outputs of every stage.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -92,32 +92,132 @@ class Transition(nn.Module):
         in_channels: Channels of the previous stage.
         out_channels: Channels of this stage.
         kernel_size: 2, or 1 for the last stage of the bottleneck depths.
-        pad_first: A 2x2 convolution pads left and top, else right and bottom, to keep the size.
+        padding: Of the convolution, (left, right, top, bottom).
         stride: Of the pool, 1 or 2.
         dilation: Of the previous stage.
+        ceil_mode: Odd sizes round up, else down.
         dropout_p: Of the convolution's statistics.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, pad_first: bool,
-                 stride: int, dilation: int, dropout_p: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int,
+                 padding: tuple[int, ...], stride: int, dilation: int, ceil_mode: bool,
+                 dropout_p: float) -> None:
         super().__init__()
-        d = dilation * (kernel_size - 1)
-        padding = (d, 0, d, 0) if pad_first else (0, d, 0, d)
         self.conv = KNConv2d(in_channels, out_channels, kernel_size, padding=padding,
                              dilation=dilation, dropout_p=dropout_p)
         self.stride = stride
         self.dilation = dilation
+        self.ceil_mode = ceil_mode and stride != 1
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.relu(x))
         if self.stride == 1:
             x = F.pad(x, (0, self.dilation, 0, self.dilation), value=-torch.inf)
         return F.max_pool2d(x, 2, self.stride, dilation=self.dilation,
-                            ceil_mode=self.stride != 1)
+                            ceil_mode=self.ceil_mode)
+
+
+class Trunk(BaseModule):
+    """Stem and stages: what dense prediction and classification share.
+
+    Args:
+        depth, in_channels, strides, dilations, frozen_stages, with_cp, dropout_p,
+            zero_init_residual, multi_grid, init_cfg: See :class:`KNResNet`.
+        num_stages: How many stages to build.
+        low_resolution: Stem for small images: 3x3 with stride 1, no pool.
+        dense: Halves sizes rounding up, so that every position has its features. Else as in the
+            authors' classification models: rounds down and, for images that are not small, the
+            2x2 convolution that opens stage 4 pads one more on every side.
+    """
+
+    def __init__(self, depth: int, in_channels: int, num_stages: int, strides: Sequence[int],
+                 dilations: Sequence[int], frozen_stages: int, with_cp: bool, dropout_p: float,
+                 zero_init_residual: bool, multi_grid: Sequence[int] | None,
+                 init_cfg: dict | None, low_resolution: bool = False,
+                 dense: bool = True) -> None:
+        super().__init__(init_cfg)
+        arch = _check(depth, strides, dilations, frozen_stages, multi_grid)
+        self.depth = depth
+        self.num_stages = num_stages
+        self.frozen_stages = frozen_stages
+
+        if low_resolution:
+            self.stem = KNConv2d(in_channels, arch.stem, 3, padding=1, dropout_p=dropout_p)
+        else:
+            self.stem = KNConv2d(in_channels, arch.stem, 7, stride=2, padding=3,
+                                 dropout_p=dropout_p)
+        self.stem_pool = not low_resolution
+        kernels = (2, 3, 2) if arch.bottleneck else (2, 2)
+        previous = arch.stem
+        for i in range(num_stages):
+            channels, inner, num_blocks = arch.channels[i], arch.inner[i], arch.blocks[i]
+            last = i == NUM_STAGES - 1
+            pointwise = arch.bottleneck and last
+            grid = multi_grid if multi_grid and last else [dilations[i]] * num_blocks
+            layers = []
+            if i > 0:
+                d = 0 if pointwise else dilations[i - 1]
+                padding = (0, d, 0, d) if i == 2 else (d, 0, d, 0)
+                if last and not (pointwise or low_resolution or dense):
+                    padding = tuple(p + 1 for p in padding)
+                layers.append(
+                    Transition(previous, channels, 1 if pointwise else 2, padding,
+                               stride=strides[i], dilation=dilations[i - 1],
+                               ceil_mode=dense, dropout_p=dropout_p))
+            layers += [
+                Block(channels, inner, (1, 3, 1) if pointwise else kernels, dilation, dropout_p,
+                      with_cp, zero_init_residual) for dilation in grid
+            ]
+            self.add_module(f'layer{i + 1}', nn.Sequential(*layers))
+            previous = channels
+        self._freeze_stages()
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return F.max_pool2d(x, 3, stride=2, padding=1) if self.stem_pool else x
+
+    def train(self, mode: bool = True) -> 'Trunk':
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        frozen = ['stem', *(f'layer{i + 1}' for i in range(self.num_stages))]
+        for name in frozen[:self.frozen_stages + 1]:
+            self.get_submodule(name).eval().requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # mmengine loads with strict=False: without this, the weights of another architecture
+        # are skipped with a log line and training silently starts from scratch.
+        given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        own = self.state_dict()
+        # A stem for images of other channels may start anew.
+        absent = [k for k, v in own.items() if k != 'stem.weight' and (
+            k not in given or given[k].shape != v.shape)]
+        if given and absent:
+            statistics = [k for k in given if k.endswith('running_mean')]
+            if statistics:
+                reason = (f'it has running statistics ({prefix}{statistics[0]}), so it is a '
+                          'BatchNorm network')
+            elif 'block0.0.weight' in given:
+                reason = ('it is one of norm-torch, which '
+                          'tools/model_converters/norm_torch2mmseg.py converts')
+            elif not given.keys() & own.keys():
+                reason = (f'none of its {len(given)} keys matches, e.g. '
+                          f'{prefix}{next(iter(given))}')
+            else:
+                reason = (f'{len(absent)} of {len(own)} weights are missing or of another shape, '
+                          f'e.g. {prefix}{absent[0]}')
+            raise ValueError(
+                f'this checkpoint does not hold weights of KNResNet-{self.depth}: {reason}. '
+                'Weights of other networks cannot be converted; use a checkpoint of a KNResNet '
+                'trained with mmseg_kn (in init_cfg, that of a whole model needs '
+                "prefix='backbone.'), or none, to train from scratch.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 @MODELS.register_module()
-class KNResNet(BaseModule):
+class KNResNet(Trunk):
     """ResNet of kernel normalized convolutions; arguments as mmseg's ``ResNet``.
 
     No layer sees another sample of the batch, in training or evaluation: it trains with one
@@ -169,86 +269,31 @@ class KNResNet(BaseModule):
                  zero_init_residual: bool = True,
                  multi_grid: Sequence[int] | None = None,
                  init_cfg: dict | None = None) -> None:
-        super().__init__(init_cfg)
-        arch = _check(depth, strides, dilations, out_indices, frozen_stages, multi_grid)
-        self.depth = depth
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        self.feat_dim = arch.channels[max(self.out_indices)]
-
-        self.stem = KNConv2d(in_channels, arch.stem, 7, stride=2, padding=3,
-                             dropout_p=dropout_p)
-        kernels = (2, 3, 2) if arch.bottleneck else (2, 2)
-        previous = arch.stem
+        if not out_indices or len(set(out_indices)) != len(out_indices) or any(
+                i not in range(NUM_STAGES) for i in out_indices):
+            raise ValueError(f'out_indices must be distinct stages in 0..{NUM_STAGES - 1}, got '
+                             f'{out_indices}')
         # No stage beyond the last output: its weights would get no gradient.
-        for i in range(max(self.out_indices) + 1):
-            channels, inner, num_blocks = arch.channels[i], arch.inner[i], arch.blocks[i]
-            last = i == NUM_STAGES - 1
-            pointwise = arch.bottleneck and last
-            grid = multi_grid if multi_grid and last else [dilations[i]] * num_blocks
-            layers = []
-            if i > 0:
-                layers.append(
-                    Transition(previous, channels, 1 if pointwise else 2, pad_first=i != 2,
-                               stride=strides[i], dilation=dilations[i - 1],
-                               dropout_p=dropout_p))
-            layers += [
-                Block(channels, inner, (1, 3, 1) if pointwise else kernels, dilation, dropout_p,
-                      with_cp, zero_init_residual) for dilation in grid
-            ]
-            self.add_module(f'layer{i + 1}', nn.Sequential(*layers))
-            if i in self.out_indices:
-                self.add_module(f'norm{i + 1}', KernelNorm2d(channels, dropout_p=dropout_p))
-            previous = channels
-        self._freeze_stages()
+        super().__init__(depth, in_channels, max(out_indices) + 1, strides, dilations,
+                         frozen_stages, with_cp, dropout_p, zero_init_residual, multi_grid,
+                         init_cfg)
+        self.out_indices = tuple(out_indices)
+        channels = ARCHS[depth].channels
+        self.feat_dim = channels[max(out_indices)]
+        for i in out_indices:
+            self.add_module(f'norm{i + 1}', KernelNorm2d(channels[i], dropout_p=dropout_p))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = F.max_pool2d(self.stem(x), 3, stride=2, padding=1)
+        x = self.forward_stem(x)
         outs = []
-        for i in range(max(self.out_indices) + 1):
+        for i in range(self.num_stages):
             x = self.get_submodule(f'layer{i + 1}')(x)
             if i in self.out_indices:
                 outs.append(F.relu(self.get_submodule(f'norm{i + 1}')(x)))
         return tuple(outs)
 
-    def train(self, mode: bool = True) -> 'KNResNet':
-        super().train(mode)
-        self._freeze_stages()
-        return self
 
-    def _freeze_stages(self) -> None:
-        frozen = ['stem', *(f'layer{i + 1}' for i in range(max(self.out_indices) + 1))]
-        for name in frozen[:self.frozen_stages + 1]:
-            self.get_submodule(name).eval().requires_grad_(False)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # mmengine loads with strict=False: without this, the weights of another architecture
-        # are skipped with a log line and training silently starts from scratch.
-        given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        own = self.state_dict()
-        # A stem for images of other channels may start anew.
-        absent = [k for k, v in own.items() if k != 'stem.weight' and (
-            k not in given or given[k].shape != v.shape)]
-        if given and absent:
-            statistics = [k for k in given if k.endswith('running_mean')]
-            if statistics:
-                reason = (f'it has running statistics ({prefix}{statistics[0]}), so it is a '
-                          'BatchNorm network')
-            elif not given.keys() & own.keys():
-                reason = (f'none of its {len(given)} keys matches, e.g. '
-                          f'{prefix}{next(iter(given))}')
-            else:
-                reason = (f'{len(absent)} of {len(own)} weights are missing or of another shape, '
-                          f'e.g. {prefix}{absent[0]}')
-            raise ValueError(
-                f'this checkpoint does not hold weights of KNResNet-{self.depth}: {reason}. '
-                'Weights of other networks cannot be converted; use a checkpoint of a KNResNet '
-                'trained with mmseg_kn (in init_cfg, a whole segmentor needs '
-                "prefix='backbone.'), or none, to train from scratch.")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _check(depth, strides, dilations, out_indices, frozen_stages, multi_grid) -> Arch:
+def _check(depth, strides, dilations, frozen_stages, multi_grid) -> Arch:
     if depth not in ARCHS:
         raise ValueError(f'depth must be one of {tuple(ARCHS)}, got {depth}')
     for name, values in (('strides', strides), ('dilations', dilations)):
@@ -258,10 +303,6 @@ def _check(depth, strides, dilations, out_indices, frozen_stages, multi_grid) ->
     if strides[0] != 1 or any(s > 2 for s in strides):
         raise ValueError('strides must be 1 or 2, and 1 in the first stage (the stem already '
                          f'divides by 4), got {strides}')
-    if not out_indices or len(set(out_indices)) != len(out_indices) or any(
-            i not in range(NUM_STAGES) for i in out_indices):
-        raise ValueError(f'out_indices must be distinct stages in 0..{NUM_STAGES - 1}, got '
-                         f'{out_indices}')
     if frozen_stages not in range(-1, NUM_STAGES + 1):
         raise ValueError(f'frozen_stages must be in -1..{NUM_STAGES}, got {frozen_stages}')
     num_blocks = ARCHS[depth].blocks[-1]

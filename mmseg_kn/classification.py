@@ -1,0 +1,124 @@
+"""KNResNet for image classification: the authors' networks, which ImageNet weights come from.
+
+Source: R. Nasirigerdeh, R. Torkzadehmahani, D. Rueckert, G. Kaissis, "Kernel Normalized
+Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089, and their repository
+norm-torch. The trunk is that of :class:`mmseg_kn.KNResNet`; depth 101 is ours.
+"""
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .knresnet import ARCHS, NUM_STAGES, Trunk
+from .layers import KernelNorm2d, KNConv2d
+
+
+TAIL_CHANNELS = 512
+
+
+# In mmengine's root registry: mmpretrain and mmseg both find it from there.
+@MODELS.register_module()
+class KNResNetCls(Trunk):
+    """KNResNet as a backbone of image classifiers, mmpretrain's ``ImageClassifier`` above all.
+
+    After the stages, depths 18 and 34 have a tail: max pool 2/2, relu, KNConv 2x2 to 512
+    channels. The output passes KernelNorm 1x1, with five times the dropout, and relu. Its
+    checkpoints fit :class:`mmseg_kn.KNResNet`, whose keys are the same but for the tail's.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        in_channels: Channels of the image; values in [0, 1], not shifted by a mean.
+        low_resolution: For small images (CIFAR): the stem is a 3x3 convolution with stride 1.
+        frozen_stages: -1 freezes nothing, 0 the stem, i the stem and stages 1 to i.
+        with_cp: Gradient checkpointing of the blocks: less memory, more time.
+        dropout_p: Dropout of the statistics in every layer, in [0, 1); in the last, without
+            weights, it is min(5 * dropout_p, 0.25).
+        zero_init_residual: Start every residual block as identity; the authors do not.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or None: from scratch.
+
+    Shape:
+        (N, in_channels, H, W) to a tuple of one (N, C, h, w), as mmpretrain's necks take it.
+        C is 512 for depths 18 and 34, 2048 for 50 and 101 (``feat_dim``).
+
+    Raises:
+        ValueError: An argument does not fit, the image is too small for the depth, or a state
+            dict of another architecture is loaded.
+    """
+
+    def __init__(self,
+                 depth: int,
+                 in_channels: int = 3,
+                 low_resolution: bool = False,
+                 frozen_stages: int = -1,
+                 with_cp: bool = False,
+                 dropout_p: float = 0.05,
+                 zero_init_residual: bool = False,
+                 init_cfg: dict | None = None) -> None:
+        super().__init__(depth, in_channels, NUM_STAGES, (1, 2, 2, 2), (1, 1, 1, 1),
+                         frozen_stages, with_cp, dropout_p, zero_init_residual, None, init_cfg,
+                         low_resolution=low_resolution, dense=False)
+        self.feat_dim = ARCHS[depth].channels[-1]
+        # The smallest image that leaves the last stage, and the tail, a position.
+        self.min_size = 8 if low_resolution else 29
+        self.tail = None
+        if not ARCHS[depth].bottleneck:
+            self.tail = KNConv2d(self.feat_dim, TAIL_CHANNELS, 2, padding=int(low_resolution),
+                                 dropout_p=dropout_p)
+            self.feat_dim = TAIL_CHANNELS
+            self.min_size = 16 if low_resolution else 93
+        self.norm = KernelNorm2d(self.feat_dim, dropout_p=min(5 * dropout_p, 0.25))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        if min(x.shape[2:]) < self.min_size:
+            raise ValueError(f'KNResNet-{self.depth} classifies images of at least '
+                             f'{self.min_size} pixels a side, got {tuple(x.shape[2:])}; enlarge '
+                             'them' + ('' if self.min_size < 20 else ', or set '
+                                       'low_resolution=True'))
+        x = self.forward_stem(x)
+        for i in range(NUM_STAGES):
+            x = self.get_submodule(f'layer{i + 1}')(x)
+        if self.tail is not None:
+            x = self.tail(F.relu(F.max_pool2d(x, 2)))
+        return (F.relu(self.norm(x)), )
+
+
+class KNResNetClassifier(nn.Module):
+    """The authors' ``knresnet18``, ``knresnet34`` and ``knresnet50``: images to logits.
+
+    A plain module: :class:`KNResNetCls`, global average pooling, and a linear layer. Its keys,
+    ``backbone.*`` and ``head.fc.*``, are those of mmpretrain's ``ImageClassifier`` with a
+    ``LinearClsHead``, so that checkpoints go both ways.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        num_classes: Number of logits.
+        low_resolution: For small images (CIFAR): the stem is a 3x3 convolution with stride 1.
+        dropout_p: Dropout of the statistics, in [0, 1). Evaluation is deterministic: it uses
+            the expectation over it, where the authors' code goes on dropping.
+        in_channels: Channels of the image; values in [0, 1], not shifted by a mean.
+
+    Shape:
+        (N, in_channels, H, W) to (N, num_classes).
+
+    Raises:
+        ValueError: As :class:`KNResNetCls`.
+
+    Example:
+        >>> net = KNResNetClassifier(18, num_classes=10, low_resolution=True).eval()
+        >>> net(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self,
+                 depth: int,
+                 num_classes: int = 1000,
+                 low_resolution: bool = False,
+                 dropout_p: float = 0.05,
+                 in_channels: int = 3) -> None:
+        super().__init__()
+        self.backbone = KNResNetCls(depth, in_channels, low_resolution, dropout_p=dropout_p)
+        fc = nn.Linear(self.backbone.feat_dim, num_classes)
+        nn.init.zeros_(fc.bias)
+        self.head = nn.ModuleDict(dict(fc=fc))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head['fc'](self.backbone(x)[-1].mean((2, 3)))
