@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .knresnet import ARCHS, NUM_STAGES, Trunk
 from .layers import KernelNorm2d, KNConv2d
 
-
 TAIL_CHANNELS = 512
 
 
