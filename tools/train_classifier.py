@@ -1,0 +1,266 @@
+"""Trains small image classifiers without mmpretrain: normalization against normalization.
+
+DATA is a folder, train/CLASS/*.png and val/CLASS/*.png, or the word `digits`: the handwritten
+digits that scikit-learn ships, enlarged from 8 x 8 to 32 x 32, the first half for training and the
+second, by other hands, for validation. Each combination of --norms, --batch-sizes and --seeds is a
+run of mmengine's Runner in a folder of its own; with --csv, finished runs are not repeated.
+
+    python tools/train_classifier.py digits --low-resolution --csv digits.csv
+
+KN is KNResNet in the authors' geometry for classification; BN and GN (32 groups) are mmseg's
+ResNet. The recipe is the authors' for CIFAR-100, shortened: SGD with momentum 0.9 and weight decay
+5e-4; the learning rate falls along a cosine to a hundredth and begins with KN 0.05, BN and GN 0.025
+at batch 32, KN and GN 0.0015625, BN 0.00078125 at batch 2 (for other batch sizes, in proportion to
+that of batch 32). KN takes images in [0, 1], the others shifted and scaled by the training set's
+mean and standard deviation.
+
+The checkpoint's keys are mmpretrain's: as init_cfg of a segmentor's backbone,
+dict(type='Pretrained', checkpoint=..., prefix='backbone.').
+"""
+import argparse
+import csv
+import itertools
+import statistics
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.dataset import DefaultSampler
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel, ImgDataPreprocessor
+from mmengine.runner import Runner, set_random_seed
+from torch import nn
+from torch.utils.data import Dataset, default_collate
+
+import mmseg_kn
+
+# isort: split
+from mmseg.models.backbones import ResNet
+
+LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
+                  ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025}
+KEYS = ('data', 'depth', 'norm', 'batch_size', 'seed', 'epochs', 'lr', 'clip_grad',
+        'zero_init_residual')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', help='a folder, or digits')
+    parser.add_argument('--norms', nargs='+', choices=('KN', 'BN', 'GN'),
+                        default=['KN', 'BN', 'GN'])
+    parser.add_argument('--batch-sizes', nargs='+', type=int, default=[2, 32])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--epochs', type=int, default=5, help='(%(default)s)')
+    parser.add_argument('--lr', type=float, help='for every run, in place of the above')
+    parser.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients')
+    parser.add_argument('--zero-init-residual', action='store_true',
+                        help='start residual blocks as identity')
+    parser.add_argument('--depth', type=int, default=18, choices=(18, 34, 50))
+    parser.add_argument('--low-resolution', action='store_true',
+                        help='stem for small images: 3x3, stride 1, no pool')
+    parser.add_argument('--work-dir', default='work_dirs/classifier', help='(%(default)s)')
+    parser.add_argument('--csv', help='results, one line a run; added to if it exists')
+    args = parser.parse_args()
+    if args.data != 'digits' and not Path(args.data, 'train').is_dir():
+        parser.error(f'no folder {args.data}/train; name a folder with train/CLASS/*.png and '
+                     'val/CLASS/*.png, or digits')
+    return args
+
+
+class Images(Dataset):
+    """Images (3, H, W) uint8 with labels; training moves them up to an eighth of their size.
+
+    Args:
+        images: Arrays (H, W, 3) RGB, or paths.
+        labels: A class index each.
+        train: Whether to move images.
+        flip: Whether to flip them, too, in training.
+    """
+
+    metainfo = {}  # the Runner warns of a dataset without
+
+    def __init__(self, images, labels, train: bool, flip: bool) -> None:
+        self.images, self.labels, self.train, self.flip = images, labels, train, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        image = self.images[index]
+        if isinstance(image, Path):
+            image = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
+        if self.train:
+            h, w = image.shape[:2]
+            image = np.pad(image, ((h // 8, h // 8), (w // 8, w // 8), (0, 0)))
+            top, left = np.random.randint(h // 8 * 2 + 1), np.random.randint(w // 8 * 2 + 1)
+            image = image[top:top + h, left:left + w]
+            if self.flip and np.random.rand() < .5:
+                image = image[:, ::-1]
+        image = np.ascontiguousarray(image.transpose(2, 0, 1))
+        return dict(inputs=torch.from_numpy(image), data_samples=self.labels[index])
+
+
+def load(data: str) -> tuple[Images, Images, list[str]]:
+    """Training set, validation set, names of the classes."""
+    if data == 'digits':
+        from sklearn.datasets import load_digits
+        digits = load_digits()
+        images = [cv2.resize((i * (255 / 16)).astype(np.uint8), (32, 32)) for i in digits.images]
+        images = [np.repeat(i[..., None], 3, axis=2) for i in images]
+        labels, half = digits.target.tolist(), len(images) // 2
+        return (Images(images[:half], labels[:half], True, False),
+                Images(images[half:], labels[half:], False, False),
+                [str(name) for name in digits.target_names])
+    classes = sorted(p.name for p in Path(data, 'train').iterdir() if p.is_dir())
+    sets = []
+    for split in ('train', 'val'):
+        found = [(p, i) for i, name in enumerate(classes)
+                 for p in sorted(Path(data, split, name).glob('*.png'))]
+        if not found:
+            raise ValueError(f'no images *.png in the folders of {data}/{split}')
+        sets.append(Images(*zip(*found, strict=True), split == 'train', True))
+    return *sets, classes
+
+
+def statistics_of(images: Images, most: int = 2000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of evenly chosen images."""
+    images = Images(images.images, images.labels, train=False, flip=False)
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
+    stack = torch.stack([images[i]['inputs'] for i in chosen]).double()
+    return stack.mean((0, 2, 3)).tolist(), stack.std((0, 2, 3)).tolist()
+
+
+class Classifier(BaseModel):
+    """Backbone, global average pooling, linear layer; keys as mmpretrain's ImageClassifier."""
+
+    def __init__(self, backbone: nn.Module, num_classes: int, mean, std) -> None:
+        super().__init__(ImgDataPreprocessor(mean, std))
+        self.backbone = backbone
+        self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.feat_dim, num_classes)))
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        logits = self.head['fc'](self.backbone(inputs)[-1].mean((2, 3)))
+        if mode == 'loss':
+            return dict(loss=F.cross_entropy(logits, data_samples))
+        if mode == 'predict':
+            return list(zip(logits.argmax(1).tolist(), data_samples.tolist(), strict=True))
+        return logits
+
+
+class Accuracy(BaseMetric):
+    """Share of images whose class is predicted, in percent."""
+
+    default_prefix = 'accuracy'
+
+    def process(self, data_batch, data_samples) -> None:
+        self.results.extend(prediction == label for prediction, label in data_samples)
+
+    def compute_metrics(self, results) -> dict:
+        return dict(top1=100 * sum(results) / len(results))
+
+
+def build_backbone(norm: str, args: argparse.Namespace) -> nn.Module:
+    if norm == 'KN':
+        return mmseg_kn.KNResNetCls(args.depth, low_resolution=args.low_resolution,
+                                    zero_init_residual=args.zero_init_residual)
+    norm_cfg = dict(type='BN') if norm == 'BN' else dict(type='GN', num_groups=32)
+    backbone = ResNet(args.depth, out_indices=(3, ), norm_cfg=norm_cfg, norm_eval=False,
+                      zero_init_residual=args.zero_init_residual)
+    if args.low_resolution:
+        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+def run(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int,
+        lr: float) -> float:
+    """Trains and validates; returns the accuracy at the end."""
+    train, val, classes = sets
+    set_random_seed(seed)
+    mean, std = ([0.] * 3, [255.] * 3) if norm == 'KN' else statistics_of(train)
+    name = f'{norm}{args.depth}_b{batch_size}_s{seed}'
+    iterations = -(-len(train) // batch_size) * args.epochs
+
+    def loader(dataset, batch_size, shuffle):
+        return dict(dataset=dataset, batch_size=batch_size, num_workers=0,
+                    sampler=dict(type=DefaultSampler, shuffle=shuffle),
+                    collate_fn=default_collate)
+
+    runner = Runner(
+        Classifier(build_backbone(norm, args), len(classes), mean, std),
+        work_dir=str(Path(args.work_dir, name)),
+        experiment_name=f'{Path(args.data).name}_{name}_{time.time_ns()}',
+        train_dataloader=loader(train, batch_size, True),
+        val_dataloader=loader(val, 32, False),
+        train_cfg=dict(by_epoch=True, max_epochs=args.epochs),
+        val_cfg=dict(),
+        val_evaluator=[Accuracy()],
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=lr, momentum=.9, weight_decay=5e-4),
+            clip_grad=args.clip_grad and dict(max_norm=args.clip_grad)),
+        param_scheduler=dict(type='CosineAnnealingLR', T_max=iterations, eta_min=lr / 100,
+                             by_epoch=False),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=args.epochs,
+                                           save_optimizer=False)),
+        randomness=dict(seed=seed))
+    runner.train()
+    return runner.message_hub.get_scalar('val/accuracy/top1').current()
+
+
+def read(path: str | None) -> list[dict]:
+    if path is None or not Path(path).exists():
+        return []
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def report(rows: list[dict]) -> None:
+    """Prints mean and standard deviation over the seeds, in Markdown."""
+    print('\n| | batch size | learning rate | accuracy, % | of each seed |\n|---|---|---|---|---|')
+    groups = {}
+    for row in rows:
+        key = tuple(row[k] for k in KEYS if k != 'seed')
+        groups.setdefault(key, []).append(float(row['accuracy']))
+    for (_, depth, norm, batch_size, _, lr, *_), values in groups.items():
+        name = f'KNResNet-{depth}' if norm == 'KN' else f'ResNet-{depth}, {norm}'
+        spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+        print(f'| {name} | {batch_size} | {lr} | {statistics.mean(values):.1f}{spread} | '
+              f'{", ".join(f"{v:.1f}" for v in values)} |')
+
+
+def main() -> None:
+    args = parse_args()
+    sets = load(args.data)
+    done, rows = read(args.csv), []
+    for norm, batch_size, seed in itertools.product(args.norms, args.batch_sizes, args.seeds):
+        lr = args.lr or LEARNING_RATES.get((norm, batch_size),
+                                           LEARNING_RATES[norm, 32] * batch_size / 32)
+        row = dict(zip(KEYS, map(str, (Path(args.data).name, args.depth, norm, batch_size, seed,
+                                       args.epochs, lr, args.clip_grad,
+                                       args.zero_init_residual)), strict=True))
+        finished = [d for d in done if all(d[k] == row[k] for k in KEYS)]
+        if finished:
+            rows.append(finished[0])
+            continue
+        start = time.time()
+        row['accuracy'] = f'{run(args, sets, norm, batch_size, seed, lr):.2f}'
+        row.update(seconds=f'{time.time() - start:.0f}', torch=torch.__version__,
+                   device='cuda' if torch.cuda.is_available() else
+                   f'CPU, {torch.get_num_threads()} threads')
+        rows.append(row)
+        if args.csv:
+            new = not Path(args.csv).exists()
+            with open(args.csv, 'a', newline='') as file:
+                writer = csv.DictWriter(file, row)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+    report(rows)
+
+
+if __name__ == '__main__':
+    main()
