@@ -31,6 +31,7 @@ def setup():
         _check_undeclared()
         _import_ops()
     _register_loaders()
+    _register_classifier()
 
 
 def _import_stack():
@@ -96,6 +97,26 @@ def _missing_op(name):
         )
 
     return op
+
+
+def _register_classifier():
+    """Says in one line why mmpretrain, which configs/classification is for, cannot be imported.
+
+    mmengine drops that reason and then reports that 'ImageClassifier' is not registered. This
+    stands at the root of its registries, where it is found after mmpretrain's own.
+    """
+    from mmengine.registry import MODELS
+
+    MODELS.register_module('ImageClassifier', force=True, module=_missing_classifier)
+
+
+def _missing_classifier(**kwargs):
+    try:
+        importlib.import_module('mmpretrain.models')
+        reason = "it builds image classifiers under default_scope='mmpretrain'"
+    except ImportError as error:
+        reason = f'{error}; see "Pretraining" in the README'
+    raise ImportError(f'image classifiers are built by mmpretrain: {reason}')
 
 
 def _register_loaders():

@@ -1,0 +1,7 @@
+# Everything that is not here is mmengine's default.
+custom_imports = dict(imports=['mmseg_kn'], allow_failed_imports=False)
+default_scope = 'mmpretrain'
+env_cfg = dict(cudnn_benchmark=True)
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=100),
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
