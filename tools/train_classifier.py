@@ -5,14 +5,14 @@ digits that scikit-learn ships, enlarged from 8 x 8 to 32 x 32, the first half f
 second, by other hands, for validation. Each combination of --norms, --batch-sizes and --seeds is a
 run of mmengine's Runner in a folder of its own; with --csv, finished runs are not repeated.
 
-    python tools/train_classifier.py digits --low-resolution --csv digits.csv
+    python tools/train_classifier.py digits --low-resolution --crop-padding 4 --csv digits.csv
 
 KN is KNResNet in the authors' geometry for classification; BN and GN (32 groups) are mmseg's
-ResNet. The recipe is the authors' for CIFAR-100, shortened: SGD with momentum 0.9 and weight decay
-5e-4; the learning rate falls along a cosine to a hundredth and begins with KN 0.05, BN and GN 0.025
-at batch 32, KN and GN 0.0015625, BN 0.00078125 at batch 2 (for other batch sizes, in proportion to
-that of batch 32). KN takes images in [0, 1], the others shifted and scaled by the training set's
-mean and standard deviation.
+ResNet. The recipe is the authors' for CIFAR-100, shortened: SGD with momentum 0.9 and weight
+decay 5e-4; the learning rate falls along a cosine to a hundredth and begins with KN 0.05, BN and
+GN 0.025 at batch 32, KN and GN 0.0015625, BN 0.00078125 at batch 2 (for other batch sizes, in
+proportion to that of batch 32). KN takes images in [0, 1], the others shifted and scaled by the
+training set's mean and standard deviation.
 
 The checkpoint's keys are mmpretrain's: as init_cfg of a segmentor's backbone,
 dict(type='Pretrained', checkpoint=..., prefix='backbone.').
@@ -56,6 +56,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--epochs', type=int, default=5, help='(%(default)s)')
     parser.add_argument('--lr', type=float, help='for every run, in place of the above')
+    parser.add_argument('--crop-padding', type=int, default=0, metavar='PIXELS',
+                        help='training: pad by so many and crop at random')
+    parser.add_argument('--flip', action='store_true', help='training: flip at random')
     parser.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients')
     parser.add_argument('--zero-init-residual', action='store_true',
                         help='start residual blocks as identity')
@@ -72,19 +75,20 @@ def parse_args() -> argparse.Namespace:
 
 
 class Images(Dataset):
-    """Images (3, H, W) uint8 with labels; training moves them up to an eighth of their size.
+    """Images (3, H, W) uint8 with labels.
 
     Args:
         images: Arrays (H, W, 3) RGB, or paths.
         labels: A class index each.
-        train: Whether to move images.
-        flip: Whether to flip them, too, in training.
+        crop_padding: Pad by so many zeros and crop to the old size at random.
+        flip: Flip every second image, at random, left to right.
     """
 
     metainfo = {}  # the Runner warns of a dataset without
 
-    def __init__(self, images, labels, train: bool, flip: bool) -> None:
-        self.images, self.labels, self.train, self.flip = images, labels, train, flip
+    def __init__(self, images, labels, crop_padding: int = 0, flip: bool = False) -> None:
+        self.images, self.labels = images, labels
+        self.crop_padding, self.flip = crop_padding, flip
 
     def __len__(self) -> int:
         return len(self.images)
@@ -93,42 +97,46 @@ class Images(Dataset):
         image = self.images[index]
         if isinstance(image, Path):
             image = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
-        if self.train:
-            h, w = image.shape[:2]
-            image = np.pad(image, ((h // 8, h // 8), (w // 8, w // 8), (0, 0)))
-            top, left = np.random.randint(h // 8 * 2 + 1), np.random.randint(w // 8 * 2 + 1)
+        h, w = image.shape[:2]
+        if self.crop_padding:
+            image = np.pad(image, (*[(self.crop_padding, self.crop_padding)] * 2, (0, 0)))
+            top, left = np.random.randint(2 * self.crop_padding + 1, size=2)
             image = image[top:top + h, left:left + w]
-            if self.flip and np.random.rand() < .5:
-                image = image[:, ::-1]
+        if self.flip and np.random.rand() < .5:
+            image = image[:, ::-1]
         image = np.ascontiguousarray(image.transpose(2, 0, 1))
         return dict(inputs=torch.from_numpy(image), data_samples=self.labels[index])
 
 
-def load(data: str) -> tuple[Images, Images, list[str]]:
+def load(args: argparse.Namespace) -> tuple[Images, Images, list[str]]:
     """Training set, validation set, names of the classes."""
-    if data == 'digits':
+    if args.data == 'digits':
         from sklearn.datasets import load_digits
         digits = load_digits()
         images = [cv2.resize((i * (255 / 16)).astype(np.uint8), (32, 32)) for i in digits.images]
         images = [np.repeat(i[..., None], 3, axis=2) for i in images]
         labels, half = digits.target.tolist(), len(images) // 2
-        return (Images(images[:half], labels[:half], True, False),
-                Images(images[half:], labels[half:], False, False),
-                [str(name) for name in digits.target_names])
-    classes = sorted(p.name for p in Path(data, 'train').iterdir() if p.is_dir())
-    sets = []
-    for split in ('train', 'val'):
-        found = [(p, i) for i, name in enumerate(classes)
-                 for p in sorted(Path(data, split, name).glob('*.png'))]
-        if not found:
-            raise ValueError(f'no images *.png in the folders of {data}/{split}')
-        sets.append(Images(*zip(*found, strict=True), split == 'train', True))
-    return *sets, classes
+        train, val = (images[:half], labels[:half]), (images[half:], labels[half:])
+        classes = [str(name) for name in digits.target_names]
+    else:
+        classes = sorted(p.name for p in Path(args.data, 'train').iterdir() if p.is_dir())
+        train, val = (find(Path(args.data, split), classes) for split in ('train', 'val'))
+    return Images(*train, args.crop_padding, args.flip), Images(*val), classes
 
 
-def statistics_of(images: Images, most: int = 2000) -> tuple[list[float], list[float]]:
+def find(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
+    """The images of a split, and their classes."""
+    found = [(path, i) for i, name in enumerate(classes)
+             for path in sorted((folder / name).glob('*.png'))]
+    if not found:
+        raise SystemExit(f'no images *.png in the folders of classes in {folder}')
+    images, labels = zip(*found, strict=True)
+    return images, labels
+
+
+def moments(images: Images, most: int = 2000) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, of evenly chosen images."""
-    images = Images(images.images, images.labels, train=False, flip=False)
+    images = Images(images.images, images.labels)
     chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
     stack = torch.stack([images[i]['inputs'] for i in chosen]).double()
     return stack.mean((0, 2, 3)).tolist(), stack.std((0, 2, 3)).tolist()
@@ -181,7 +189,7 @@ def run(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int,
     """Trains and validates; returns the accuracy at the end."""
     train, val, classes = sets
     set_random_seed(seed)
-    mean, std = ([0.] * 3, [255.] * 3) if norm == 'KN' else statistics_of(train)
+    mean, std = ([0.] * 3, [255.] * 3) if norm == 'KN' else moments(train)
     name = f'{norm}{args.depth}_b{batch_size}_s{seed}'
     iterations = -(-len(train) // batch_size) * args.epochs
 
@@ -234,7 +242,7 @@ def report(rows: list[dict]) -> None:
 
 def main() -> None:
     args = parse_args()
-    sets = load(args.data)
+    sets = load(args)
     done, rows = read(args.csv), []
     for norm, batch_size, seed in itertools.product(args.norms, args.batch_sizes, args.seeds):
         lr = args.lr or LEARNING_RATES.get((norm, batch_size),

@@ -1,0 +1,85 @@
+"""Cuts an image classification set out of street scenes in Cityscapes layout.
+
+Each crop is labelled with the class of the pixel at its centre; all classes are equally frequent.
+The set, DST/train/CLASS/*.png and DST/val/CLASS/*.png, is read by tools/train_classifier.py, and
+by mmpretrain as a CustomDataset: image-level labels to pretrain a backbone with.
+
+    python tools/dataset_converters/street_crops.py data/toy_cityscapes data/street_crops
+"""
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import cv2
+import mmengine
+import numpy as np
+
+import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
+
+# isort: split
+from mmseg.datasets import CityscapesDataset
+
+LABELS = '_gtFine_labelTrainIds.png'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', type=Path, help='scenes in Cityscapes layout')
+    parser.add_argument('dst', type=Path, help='folder to write, new or empty')
+    parser.add_argument('--size', type=int, default=96, help='of a crop, pixels (%(default)s)')
+    parser.add_argument('--per-class', type=int, default=300,
+                        help='training crops of each class; a quarter for val (%(default)s)')
+    parser.add_argument('--img-suffix', default='_leftImg8bit.png', help='(%(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='(%(default)s)')
+    args = parser.parse_args()
+    if args.dst.exists() and any(args.dst.iterdir()):
+        parser.error(f'{args.dst} is not empty')
+    if args.size < 1 or args.per_class < 1:
+        parser.error('--size and --per-class must be positive')
+    return args
+
+
+def cut(args: argparse.Namespace, split: str, number: int) -> None:
+    """Writes ``number`` crops of each class that occurs in the split."""
+    rng = np.random.default_rng((args.seed, split == 'val'))
+    names = [name.replace(' ', '_') for name in CityscapesDataset.METAINFO['classes']]
+    files = sorted((args.src / 'gtFine' / split).rglob('*' + LABELS))
+    if not files:
+        raise SystemExit(f'no *{LABELS} in {args.src / "gtFine" / split}')
+    holders = defaultdict(list)  # class -> the files it occurs in
+    for file in mmengine.track_iter_progress(files):
+        for index in np.unique(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)):
+            if index < len(names):
+                holders[index].append(file)
+    picks = defaultdict(list)  # file -> the classes to cut out of it
+    for index, found in sorted(holders.items()):
+        for file in rng.choice(found, number):
+            picks[file].append(index)
+        (args.dst / split / names[index]).mkdir(parents=True)
+    half = args.size // 2
+    for file in mmengine.track_iter_progress(sorted(picks)):
+        label = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        folder = args.src / 'leftImg8bit' / file.relative_to(args.src / 'gtFine').parent
+        stem = file.name.removesuffix(LABELS)
+        image = cv2.imread(str(folder / (stem + args.img_suffix)))
+        if image is None:
+            raise SystemExit(f'no image {folder / (stem + args.img_suffix)}; see --img-suffix')
+        image = cv2.copyMakeBorder(image, *[half] * 4, cv2.BORDER_REFLECT_101)
+        for k, index in enumerate(picks[file]):
+            ys, xs = np.nonzero(label == index)
+            i = rng.integers(len(ys))
+            crop = image[ys[i]:ys[i] + args.size, xs[i]:xs[i] + args.size]
+            cv2.imwrite(str(args.dst / split / names[index] / f'{stem}_{k}.png'), crop)
+    print(f'\n{args.dst / split}: {number} crops of each of {len(holders)} classes, out of '
+          f'{len(picks)} scenes')
+
+
+def main() -> None:
+    args = parse_args()
+    cut(args, 'train', args.per_class)
+    cut(args, 'val', max(1, args.per_class // 4))
+
+
+if __name__ == '__main__':
+    main()
