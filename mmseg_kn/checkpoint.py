@@ -39,8 +39,8 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
     missing = [name for name in names if name not in state_dict]
     unknown = [str(name) for name in state_dict if name not in names]
     if missing or unknown:
-        raise ValueError(f'the weights look like norm-torch\'s knresnet{depth}, but '
-                         + ' and '.join(f'{len(keys)} keys are {what}, e.g. {keys[0]}'
+        raise ValueError(f"the weights look like norm-torch's knresnet{depth}, but "
+                         + ' and '.join(f'keys are {what} ({len(keys)}, e.g. {keys[0]})'
                                         for keys, what in ((missing, 'missing'),
                                                            (unknown, 'unknown')) if keys))
     for name, value in state_dict.items():
@@ -53,7 +53,7 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
         raise ValueError(f'this knresnet{depth} is one for low resolution, whose 3x3 stem does '
                          'not fit KNResNet; it can be converted as a classifier only')
     with torch.device('meta'):  # shapes without memory
-        net = KNResNetClassifier(depth, num_classes=fc.size(0) if fc.dim() else 0,
+        net = KNResNetClassifier(depth, num_classes=fc.size(0) if fc.dim() else 1,
                                  low_resolution=low_resolution,
                                  in_channels=stem.size(1) if stem.dim() > 1 else 3)
     shapes = {key: value.shape for key, value in net.state_dict().items()}

@@ -191,9 +191,11 @@ class Trunk(BaseModule):
         # are skipped with a log line and training silently starts from scratch.
         given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         own = self.state_dict()
-        # A stem for images of other channels may start anew.
-        absent = [k for k, v in own.items() if k != 'stem.weight' and (
-            k not in given or given[k].shape != v.shape)]
+        # A stem for images of other channels may start anew; one of another kernel is no stem.
+        stem = given.get('stem.weight')
+        if stem is not None and stem.shape[2:] == self.stem.kernel_size:
+            given['stem.weight'] = own['stem.weight']
+        absent = [k for k, v in own.items() if k not in given or given[k].shape != v.shape]
         if given and absent:
             statistics = [k for k in given if k.endswith('running_mean')]
             if statistics:

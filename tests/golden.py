@@ -31,6 +31,43 @@ def image(shape, seed=0):
     return torch.from_numpy(np.random.RandomState(seed).random_sample(shape).astype(np.float32))
 
 
+# Their ImageNet models: channels of the stem; (channels, inner channels, blocks) of each stage;
+# channels after the tail, before the linear layer.
+NORM_TORCH = {
+    18: (64, [(64, 256, 2), (256, 256, 2), (512, 512, 1), (724, 724, 1)], 512),
+    34: (64, [(64, 256, 4), (256, 320, 5), (512, 640, 3), (512, 843, 2)], 512),
+    50: (256, [(256, 64, 4), (512, 128, 5), (810, 201, 4), (2048, 512, 2)], 2048),
+}
+
+
+def norm_torch_weights(depth, num_classes=1000, stem_kernel=7):
+    """A state dict as their released checkpoints name it, of parameter() in float32."""
+    stem, stages, last = NORM_TORCH[depth]
+    shapes = {'block0.0': (stem, 3, stem_kernel, stem_kernel)}
+    previous, block = stem, 0
+    for i, (channels, inner, blocks) in enumerate(stages):
+        pointwise = depth == 50 and i == 3
+        name, kernel = ('.conv1x1', (1, 1)) if pointwise else ('', (2, 2))
+        if i > 0:
+            shapes[f'trans_block{i}.conv{name}'] = (channels, previous, *kernel)
+        for _ in range(blocks):
+            block += 1
+            shapes[f'res_block{block}.conv1{name}'] = (inner, channels, *kernel)
+            if depth == 50:
+                shapes[f'res_block{block}.conv2'] = (inner, inner, 3, 3)
+            final = 3 if depth == 50 else 2
+            shapes[f'res_block{block}.conv{final}{name}'] = (channels, inner, *kernel)
+        previous = channels
+    if depth != 50:
+        shapes['conv_block_f.conv'] = (last, previous, 2, 2)
+    shapes['fc'] = (num_classes, last)
+    weights = {}
+    for name, shape in shapes.items():
+        for key, size in ((f'{name}.weight', shape), (f'{name}.bias', shape[:1])):
+            weights[key] = parameter(key, size, 'float32')
+    return weights
+
+
 # in_channels, out_channels, kernel_size, stride, padding, groups, bias; input (2, C, 11, 9),
 # upstream gradient signal(y.shape, seed=1). Paddings of 4 are (left, right, top, bottom).
 KN_CONV = {
@@ -120,17 +157,33 @@ KERNEL_NORM = {
 EXPECT_CENTRE = [-2.1619, 0.691547, -2.730355, -0.157221, 0.16417, 0.940822, -0.059922, 0.855934]
 EXPECT_CORNER = [-1.222672, 0.196176, -1.299731, -0.109126]
 
-# Blocks of their ImageNet models without dropout, over image((2, 3, 128, 160)): fingerprints of
-# image 0, every (C // 16)th channel. 'kn_f' is the final KernelNorm.
+# Logits of their ImageNet models with norm_torch_weights, without dropout, over
+# image((2, 3, 128, 160)).
+LOGITS = {
+    18: [40.3866635258151, 0.0805693041093944, 1.11850157289177, -0.939049352787963],
+    34: [38.4795238701291, 0.0749335757093434, 0.915243726874187, -0.0656315152225387],
+    50: [28.0377118892548, 0.42676320967927, 0.619637160918663, -0.645141250717445],
+}
+
+# Their blocks: fingerprints of image 0, every (C // 16)th channel. 'kn_f' is the final KernelNorm.
 BLOCKS = {
     18: {
+        'block0': [327.5585, 0.484907, 2.84887, 2.690238],
         'res_block2': [456.1356, 1.408665, 2.270101, 2.839137],
         'trans_block1': [120.5871, 2.615579, 1.56012, 2.617035],
         'res_block5': [78.6061, 4.263663, 0.5436745, 4.298562],
+        'trans_block3': [35.5897, 1.005655, 0.6781754, 1.59471],
+        'res_block6': [47.96128, 4.195856, -0.4269434, 0.3280865],
+        'conv_block_f': [7.832733, 2.465268, -1.387588, 0.8295671],
+        'kn_f': [5.428477, 1.724349, -0.9698293, 0.5977513],
     },
     34: {
         'res_block4': [542.9361, 1.622453, -0.6894414, 4.45708],
         'res_block12': [106.849, 3.24677, -0.3708211, 0.4529356],
+        'trans_block3': [34.94215, 0.8965833, 0.8959532, 0.8918317],
+        'res_block14': [55.848, 0.4402013, 2.94578, -0.8877212],
+        'conv_block_f': [7.691418, -1.205098, 0.2999021, -0.1015352],
+        'kn_f': [5.381069, -0.8185638, 0.258368, -0.09830916],
     },
     50: {
         'res_block4': [524.8055, -1.116252, -0.3650972, 0.9233406],

@@ -111,7 +111,11 @@ class Images(Dataset):
 def load(args: argparse.Namespace) -> tuple[Images, Images, list[str]]:
     """Training set, validation set, names of the classes."""
     if args.data == 'digits':
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError:
+            raise SystemExit('the digits come with scikit-learn: pip install scikit-learn'
+                             ) from None
         digits = load_digits()
         images = [cv2.resize((i * (255 / 16)).astype(np.uint8), (32, 32)) for i in digits.images]
         images = [np.repeat(i[..., None], 3, axis=2) for i in images]
