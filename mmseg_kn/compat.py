@@ -115,7 +115,7 @@ def _missing_classifier(**kwargs):
         importlib.import_module('mmpretrain.models')
         reason = "it builds image classifiers under default_scope='mmpretrain'"
     except ImportError as error:
-        reason = f'{error}; see "Pretraining" in the README'
+        reason = f'{error}; see docs/pretraining.md'
     raise ImportError(f'image classifiers are built by mmpretrain: {reason}')
 
 

@@ -115,7 +115,7 @@ def test_mmengine_builds_the_backbone():
 
 def test_without_mmpretrain_its_classifier_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mmpretrain.models', None)
-    with pytest.raises(ImportError, match='built by mmpretrain: .*"Pretraining" in the README'):
+    with pytest.raises(ImportError, match='built by mmpretrain: .*see docs/pretraining.md'):
         MODELS.build(dict(type='ImageClassifier', backbone=dict(type='KNResNetCls', depth=18)))
 
 
