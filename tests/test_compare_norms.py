@@ -1,0 +1,140 @@
+"""The grid of configs, batch sizes and seeds, run as a user runs it."""
+import importlib.util
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmseg_kn.baselines import NoNorm, PlainPoolASPPHead
+from mmseg_kn.toy_cityscapes import generate
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools/analysis_tools/compare_norms.py'
+SCHEDULE = '1xb2-400_camvid-160x160'
+KN, BN = (f'deeplabv3_{name}-d8_{SCHEDULE}' for name in ('knr18', 'r18'))
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('compare_norms', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def command(tmp_path_factory):
+    """KN and BN at batch size 1, four iterations on four scenes."""
+    folder = tmp_path_factory.mktemp('grid')
+    generate(folder / 'scenes', train=4, val=1, size=(64, 128))
+    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=1', 'param_scheduler.0.end=2',
+               'default_hooks.checkpoint.interval=1', 'default_hooks.logger.interval=1']
+    for split in ('train', 'val', 'test'):
+        options += [f'{split}_dataloader.dataset.img_suffix=_leftImg8bit.png',
+                    f'{split}_dataloader.num_workers=0',
+                    f'{split}_dataloader.persistent_workers=False']
+    return [sys.executable, TOOL, *(ROOT / f'configs/deeplabv3/{name}.py' for name in (KN, BN)),
+            '--batch-sizes', '1', '--seeds', '3', '--data-root', folder / 'scenes', '--work-dir',
+            folder / 'work', '--cfg-options', *options]
+
+
+def start(command):
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    return subprocess.Popen([*map(str, command)], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def test_a_grid_killed_and_run_again(command):
+    work = Path(command[command.index('--work-dir') + 1])
+    cell = work / KN / 'b1_s3'
+    first = start(command)
+    deadline = time.time() + 300
+    while not (cell / 'last_checkpoint').exists() and time.time() < deadline:
+        time.sleep(.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert (cell / 'iter_2.pth').exists() and not (cell / 'result.json').exists()
+
+    log, _ = (second := start(command)).communicate()
+    assert second.returncode == 0, log[-4000:]
+    # twice the iterations at half the batch size, and none of them twice
+    text = (cell / 'train.log').read_text()
+    assert 'Iter(train) [4/4]' in text and 'resumed' in text
+    assert text.count('Iter(train) [1/4]') == 1
+    result = json.loads((cell / 'result.json').read_text())
+    assert [step for step, _ in result['loss']] == [1, 2, 3, 4]
+    assert result['miou'][-1][0] == 4
+    cfg = Config.fromfile(cell / 'config.py')
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (.005, 4)
+    assert cfg.randomness == dict(seed=3)
+
+    # BatchNorm cannot train so, and the table says it
+    table = (work / 'table.md').read_text()
+    kn, bn = (next(row for row in table.splitlines() if name in row) for name in (KN, BN))
+    assert f'| {result["miou"][-1][1]:.1f} |' in kn
+    assert 'failed: ValueError: Expected more than 1 value per channel' in bn
+    assert table in log and 'batch 1, seed 3: failed' in log
+    assert cv2.imread(str(work / 'figures.png')).shape[1] > 1000
+    assert len((work / 'results.csv').read_text().splitlines()) == 3
+
+    before = {p: p.stat().st_mtime_ns for p in work.rglob('*.log')}
+    log, _ = start(command).communicate()
+    assert (work / 'table.md').read_text() == table
+    assert before == {p: p.stat().st_mtime_ns for p in work.rglob('*.log')}
+
+
+def test_rescaling_follows_the_shipped_schedules(tool):
+    folder = ROOT / 'configs/deeplabv3'
+    for batch, length in ((1, '320k'), (2, '160k')):
+        cfg = Config.fromfile(folder / 'deeplabv3_knr18-d8_4xb2-40k_cityscapes-512x1024.py')
+        cfg.train_dataloader.batch_size = 8
+        tool.rescale(cfg, batch)
+        shipped = Config.fromfile(
+            folder / f'deeplabv3_knr18-d8_1xb{batch}-{length}_cityscapes-512x1024.py')
+        assert cfg.optim_wrapper == shipped.optim_wrapper
+        assert cfg.param_scheduler == shipped.param_scheduler
+        assert cfg.train_cfg == shipped.train_cfg
+        assert cfg.default_hooks.checkpoint == shipped.default_hooks.checkpoint
+
+
+def test_p_value(tool):
+    # Student's distribution: two degrees of freedom have 4.303 as their 97.5 % quantile
+    for t, p in ((4.3027, .05), (9.9248, .01)):
+        x = [-1., 0., 1.]
+        shift = t * statistics.stdev(x) / 3**.5
+        assert tool.p_value([v + shift for v in x]) == pytest.approx(p, rel=1e-3)
+    assert tool.p_value([0., 0.]) == 1 and tool.p_value([2., 2.]) == 0
+
+
+def test_an_epoch_schedule_is_refused(tool, tmp_path):
+    path = tmp_path / 'epochs.py'
+    path.write_text("train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)")
+    with pytest.raises(ValueError, match='must train by iterations'):
+        tool.load(str(path), None)
+
+
+def test_no_norm_scales_and_shifts_alone():
+    layer = NoNorm(3, eps=1e-5)
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(layer(x), x)
+    torch.nn.init.constant_(layer.weight, 2)
+    torch.nn.init.constant_(layer.bias, 1)
+    assert torch.equal(layer(x), 2 * x + 1)
+
+
+def test_the_plain_pool_head_trains_batch_norm_with_one_image():
+    head = PlainPoolASPPHead(in_channels=4, channels=8, dilations=(1, 2), num_classes=3,
+                             norm_cfg=dict(type='BN'))
+    assert head([torch.randn(1, 4, 5, 6)]).shape == (1, 3, 5, 6)
+    norms = [m for m in head.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 3 and not any(
+        isinstance(m, torch.nn.BatchNorm2d) for m in head.image_pool.modules())

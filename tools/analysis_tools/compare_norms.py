@@ -1,0 +1,291 @@
+"""Trains configs against each other over batch sizes and seeds, and draws up the result.
+
+Every cell of the grid config x batch size x seed is a run of tools/train.py in a folder of its
+own. Cells that have finished are not repeated, one that was killed goes on from its last
+checkpoint, and one that fails is reported as failed (--retry-failed tries it again).
+
+From a config's own batch size B0, batch size B takes lr * B / B0 and iterations * B0 / B (likewise
+eta_min, and every interval): each cell sees as many images.
+
+    CAMVID=1xb2-400_camvid-160x160
+    python tools/analysis_tools/compare_norms.py \\
+        configs/deeplabv3/deeplabv3_{knr18,r18,r18-gn,r18-ln,r18-nonorm}-d8_$CAMVID.py \\
+        --batch-sizes 1 2 8 --seeds 0 1 2 --work-dir work_dirs/compare_norms
+
+In --work-dir: results.csv (a line for each cell), table.md, figures.png.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmseg_kn
+
+# isort: split
+from mmengine.model import revert_sync_batchnorm
+from mmengine.utils import import_modules_from_strings
+from mmseg.registry import MODELS
+
+TRAIN = Path(__file__).parents[1] / 'train.py'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', help='differences are to the first')
+    parser.add_argument('--batch-sizes', nargs='+', type=int,
+                        help="images an iteration; by default each config's own")
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare_norms'),
+                        help='(%(default)s)')
+    parser.add_argument('--data-root', help='in place of that of the configs')
+    parser.add_argument('--retry-failed', action='store_true')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        help='override settings of every config')
+    args = parser.parse_args()
+    names = [Path(path).stem for path in args.configs]
+    if len(set(names)) < len(names):
+        parser.error(f'the configs must have different names, got {names}')
+    if any(n < 1 for n in args.batch_sizes or []):
+        parser.error(f'batch sizes must be positive, got {args.batch_sizes}')
+    return args
+
+
+def load(path: str, args: argparse.Namespace) -> Config:
+    cfg = Config.fromfile(path)
+    if cfg.train_cfg.get('type') != 'IterBasedTrainLoop':
+        raise ValueError(f'{path} must train by iterations (train_cfg.type IterBasedTrainLoop)')
+    if args.data_root:
+        for split in ('train', 'val', 'test'):
+            cfg[f'{split}_dataloader'].dataset.data_root = args.data_root
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def rescale(cfg: Config, batch_size: int) -> None:
+    """Another batch size, and the learning rate and the schedule that go with it."""
+    ratio = batch_size / cfg.train_dataloader.batch_size
+    cfg.train_dataloader.batch_size = batch_size
+    cfg.optim_wrapper.optimizer.lr *= ratio
+    for holder, keys in ((cfg.train_cfg, ('max_iters', 'val_interval', 'val_begin')),
+                         (cfg.default_hooks.checkpoint, ('interval', )),
+                         *((scheduler, ('begin', 'end')) for scheduler in cfg.param_scheduler)):
+        for key in keys:
+            if holder.get(key):
+                holder[key] = max(1, round(holder[key] / ratio))
+    for scheduler in cfg.param_scheduler:
+        if 'eta_min' in scheduler:
+            scheduler.eta_min *= ratio
+
+
+def run(cell: Path, cfg: Config) -> dict:
+    """Trains a cell, or goes on with it; returns its result."""
+    cell.mkdir(parents=True, exist_ok=True)
+    cfg.dump(cell / 'config.py')
+    start = time.time()
+    with open(cell / 'train.log', 'a') as log:
+        process = subprocess.Popen(
+            [sys.executable, TRAIN, cell / 'config.py', '--work-dir', cell, '--resume'],
+            stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+    result = dict(seconds=round(time.time() - start), resident_mib=usage.ru_maxrss >> 10)
+    if status:
+        lines = (cell / 'train.log').read_text().strip().splitlines()
+        result['error'] = lines[-1] if lines else f'exit status {status}'
+    else:
+        result.update(curves(cell))
+    part = cell / 'result.json.part'
+    part.write_text(json.dumps(result))
+    part.replace(cell / 'result.json')
+    return result
+
+
+def curves(cell: Path) -> dict:
+    """What the cell's runs logged: (iteration, mIoU), (iteration, loss), seconds an iteration."""
+    miou, loss, times, memory = {}, {}, [], []
+    for path in sorted(cell.glob('*/vis_data/scalars.json')):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            if 'mIoU' in entry:
+                miou[entry['step']] = entry['mIoU']
+            elif 'loss' in entry:
+                loss[entry['step']] = entry['loss']
+                times.append(entry['time'])
+                memory.append(entry.get('memory', 0))
+    return dict(miou=sorted(miou.items()), loss=sorted(loss.items()),
+                iteration_seconds=statistics.median(times), gpu_mib=max(memory))
+
+
+def complexity(cfg: Config) -> tuple[float, float]:
+    """Parameters in 10 ** 6, and multiply-adds of one training crop in 10 ** 9."""
+    init_default_scope(cfg.default_scope)
+    import_modules_from_strings(**cfg.custom_imports)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    size = cfg.model.data_preprocessor.size
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 3, *size), mode='tensor')
+    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
+
+
+def p_value(differences: list[float]) -> float:
+    """Of Student's paired t-test, two-sided."""
+    n = len(differences)
+    spread = statistics.stdev(differences)
+    if spread == 0:
+        return float(not any(differences))
+    t, nu = abs(statistics.mean(differences)) / spread * n**.5, n - 1
+    x = np.linspace(0, t, 20001)
+    factor = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / (nu * math.pi)**.5
+    y = factor * (1 + x * x / nu)**(-(nu + 1) / 2)
+    return max(0., 1 - 2 * float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum()))
+
+
+def table(groups: dict, sizes: dict, first: str) -> str:
+    lines = ['| config | batch size | mIoU | of each seed | to the first, paired | images/s | '
+             'peak MiB | parameters, M | GMAC |', '|---|---|---|---|---|---|---|---|---|']
+    for (name, batch), cells in groups.items():
+        parameters, macs = sizes[name]
+        done = {seed: r for seed, r in cells.items() if 'error' not in r}
+        failed = sorted({r['error'] for r in cells.values() if 'error' in r})
+        final = {seed: r['miou'][-1][1] for seed, r in done.items()}
+        values = list(final.values())
+        spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+        miou = f'{statistics.mean(values):.1f}{spread}' if values else ''
+        miou += ''.join(f' failed: {error}'.replace('|', '/') for error in failed)
+        others = {seed: r['miou'][-1][1] for seed, r in groups[first, batch].items()
+                  if 'error' not in r} if (first, batch) in groups else {}
+        pairs = [final[seed] - others[seed] for seed in final if seed in others]
+        paired = ''
+        if name != first and pairs:
+            paired = f'{statistics.mean(pairs):+.1f}'
+            if len(pairs) > 1:
+                paired += f' (p = {p_value(pairs):.2g})'
+        speed, memory = '', ''
+        if done:
+            speed = statistics.median(batch / r['iteration_seconds'] for r in done.values())
+            speed = f'{speed:.2f}'
+            memory = max(r['gpu_mib'] or r['resident_mib'] for r in done.values())
+        lines.append(f'| {name} | {batch} | {miou.strip()} | '
+                     f'{", ".join(f"{v:.1f}" for v in values)} | {paired} | {speed} | {memory} | '
+                     f'{parameters:.1f} | {macs:.1f} |')
+    return '\n'.join(lines) + '\n'
+
+
+def draw(groups: dict, path: Path) -> None:
+    plt.switch_backend('Agg')  # needs no screen
+    fig, (by_batch, by_image, by_time) = plt.subplots(1, 3, figsize=(15, 4.5))
+    names = list(dict.fromkeys(name for name, _ in groups))
+    batches = sorted({batch for _, batch in groups})
+    styles = dict(zip(batches, ['-', '--', ':', '-.'] * len(batches), strict=False))
+    for k, name in enumerate(names):
+        points = []
+        for batch in batches:
+            done = [r for r in groups.get((name, batch), {}).values() if 'error' not in r]
+            if not done:
+                continue
+            finals = [r['miou'][-1][1] for r in done]
+            points.append((batch, statistics.mean(finals),
+                           statistics.stdev(finals) if len(finals) > 1 else 0))
+            label = f'{name}, batch {batch}'
+            style = dict(color=f'C{k}', ls=styles[batch], lw=1, label=label)
+            for i, r in enumerate(done):
+                style['label'] = label if i == 0 else None
+                steps, miou = zip(*r['miou'], strict=True)
+                by_image.plot([s * batch for s in steps], miou, marker='.', **style)
+                steps, loss = zip(*r['loss'], strict=True)
+                by_time.plot([s * r['iteration_seconds'] / 60 for s in steps], loss, **style)
+        if points:
+            x, y, error = zip(*points, strict=True)
+            by_batch.errorbar(x, y, error, marker='o', capsize=3, color=f'C{k}', label=name)
+    by_batch.set(xscale='log', xlabel='batch size', ylabel='mIoU', xticks=batches,
+                 xticklabels=batches, title='mean and standard deviation over seeds')
+    by_batch.minorticks_off()
+    by_image.set(xlabel='images seen (iterations x batch size)', ylabel='validation mIoU')
+    by_time.set(xlabel='minutes of training', ylabel='training loss', yscale='log')
+    by_batch.legend(fontsize=7)
+    by_image.legend(fontsize=5)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+
+
+def write_csv(groups: dict, path: Path) -> None:
+    with open(path, 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['config', 'batch_size', 'seed', 'mIoU', 'images_per_s', 'gpu_mib',
+                         'resident_mib', 'seconds', 'error', 'torch', 'device'])
+        device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+                  f'CPU, {torch.get_num_threads()} threads')
+        for (name, batch), cells in groups.items():
+            for seed, r in cells.items():
+                good = 'error' not in r
+                writer.writerow([
+                    name, batch, seed, r['miou'][-1][1] if good else '',
+                    f'{batch / r["iteration_seconds"]:.3f}' if good else '',
+                    r['gpu_mib'] if good else '', r['resident_mib'], r['seconds'],
+                    r.get('error', ''), torch.__version__, device])
+
+
+def main() -> None:
+    args = parse_args()
+    configs = {Path(path).stem: load(path, args) for path in args.configs}
+    cells = [(name, batch, seed) for seed in args.seeds for name, cfg in configs.items()
+             for batch in args.batch_sizes or [cfg.train_dataloader.batch_size]]
+    results, spent = {}, []
+    for i, (name, batch, seed) in enumerate(cells):
+        cell = args.work_dir / name / f'b{batch}_s{seed}'
+        result = None
+        if (cell / 'result.json').exists():
+            result = json.loads((cell / 'result.json').read_text())
+            if 'error' in result and args.retry_failed:
+                result = None
+        if result is None:
+            cfg = configs[name].copy()
+            rescale(cfg, batch)
+            cfg.randomness = dict(seed=seed)
+            result = run(cell.resolve(), cfg)
+            if 'error' not in result:
+                spent.append(result['seconds'])
+        results[name, batch, seed] = result
+        outcome = (f'failed: {result["error"]}' if 'error' in result else
+                   f'mIoU {result["miou"][-1][1]:.2f} in {timedelta(seconds=result["seconds"])}')
+        missing = sum(1 for cell in cells[i + 1:]
+                      if not (args.work_dir / cell[0] / f'b{cell[1]}_s{cell[2]}' /
+                              'result.json').exists())
+        left = timedelta(seconds=round(statistics.mean(spent) * missing)) if spent else '?'
+        print(f'[{i + 1}/{len(cells)}] {name}, batch {batch}, seed {seed}: {outcome}; '
+              f'{left} left', flush=True)
+    groups = {}
+    for name in configs:
+        for (other, batch, seed), result in results.items():
+            if other == name:
+                groups.setdefault((name, batch), {})[seed] = result
+    sizes = {name: complexity(cfg) for name, cfg in configs.items()}
+    text = table(groups, sizes, next(iter(configs)))
+    (args.work_dir / 'table.md').write_text(text)
+    write_csv(groups, args.work_dir / 'results.csv')
+    draw(groups, args.work_dir / 'figures.png')
+    print(f'\n{text}\n{args.work_dir}: results.csv, table.md, figures.png '
+          f'(mmseg_kn {mmseg_kn.__version__}, torch {torch.__version__})')
+
+
+if __name__ == '__main__':
+    main()
