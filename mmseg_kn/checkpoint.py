@@ -5,9 +5,11 @@ The repository norm-torch (https://github.com/reza-nasirigerdeh/norm-torch) rele
 optimizer, the schedule, and the command line as an ``argparse.Namespace``.
 """
 import argparse
+import functools
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,21 +33,25 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
             mmpretrain's ``ImageClassifier``, else those of :class:`mmseg_kn.KNResNet`, without
             the tail and the linear layer.
 
+    Returns:
+        Copies of the tensors, under our names.
+
     Raises:
-        ValueError: A key is missing, unknown or of another shape, or this is another network.
+        ValueError: A key is missing, unknown or of another shape, a value is not a dense tensor
+            of finite floating-point numbers, or this is another network.
     """
     depth = norm_torch_depth(state_dict)
     names = _names(depth)
     missing = [name for name in names if name not in state_dict]
     unknown = [str(name) for name in state_dict if name not in names]
     if missing or unknown:
-        raise ValueError(f"the weights look like norm-torch's knresnet{depth}, but "
-                         + ' and '.join(f'keys are {what} ({len(keys)}, e.g. {keys[0]})'
-                                        for keys, what in ((missing, 'missing'),
-                                                           (unknown, 'unknown')) if keys))
+        reasons = [f'{what} keys: {_few(keys)}'
+                   for what, keys in (('missing', missing), ('unknown', unknown)) if keys]
+        raise ValueError(f"the weights look like norm-torch's knresnet{depth}, but have "
+                         + '; '.join(reasons))
     for name, value in state_dict.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f'{name} must be a tensor, got {type(value).__name__}')
+        if not _is_plain(value):
+            raise ValueError(f'{name} must be a dense tensor of finite floating-point numbers')
 
     stem, fc = state_dict['block0.0.weight'], state_dict['fc.weight']
     low_resolution = stem.dim() == 4 and stem.shape[2:] == (3, 3)
@@ -61,11 +67,13 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
         if state_dict[name].shape != shapes[key]:
             raise ValueError(f'{name} of knresnet{depth} must have the shape '
                              f'{tuple(shapes[key])}, got {tuple(state_dict[name].shape)}')
-    weights = {key: state_dict[name] for name, key in names.items()}
-    if classifier:
-        return weights
-    return {key.removeprefix('backbone.'): value for key, value in weights.items()
-            if key.startswith('backbone.') and not key.startswith('backbone.tail.')}
+    if not classifier:
+        # The backbone's alone; segmentation has no tail.
+        names = {name: key.removeprefix('backbone.') for name, key in names.items()
+                 if key.startswith('backbone.') and not key.startswith('backbone.tail.')}
+    # Copies: a view would be saved with all of the memory that it is a view of.
+    return {key: state_dict[name].detach().clone(memory_format=torch.contiguous_format)
+            for name, key in names.items()}
 
 
 def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
@@ -84,10 +92,22 @@ def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
     if any(str(key).endswith('stem.weight') for key in keys):
         raise ValueError('the weights are those of a KNResNet of mmseg_kn already; they need no '
                          'conversion')
-    raise ValueError(f'no key block0.0.weight among {len(keys)}, e.g. '
-                     f'{next(iter(keys), None)}; only {remedy}')
+    raise ValueError(f'no key block0.0.weight among {len(keys)}: {_few(list(state_dict))}; only '
+                     f'{remedy}')
 
 
+def _few(keys: list) -> str:
+    return ', '.join(map(str, keys[:10])) + (', ...' if len(keys) > 10 else '')
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a module can load it, and what it loads is what the file says."""
+    return (isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+            and not value.is_quantized and value.device.type != 'meta'
+            and value.is_floating_point() and bool(value.isfinite().all()))
+
+
+@functools.cache
 def _names(depth: int) -> dict[str, str]:
     """Their name of every weight -> the key in KNResNetClassifier."""
     with torch.device('meta'):
@@ -109,7 +129,7 @@ def _names(depth: int) -> dict[str, str]:
             for kind in ('weight', 'bias')}
 
 
-def convert_file(src: str, dst: str, classifier: bool = False) -> tuple[Path, int]:
+def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> tuple[Path, int]:
     """Converts a checkpoint file; nothing is written unless all of it converts.
 
     The source is read without running code it may carry. The result loads with
@@ -129,18 +149,22 @@ def convert_file(src: str, dst: str, classifier: bool = False) -> tuple[Path, in
         ValueError: The source is damaged, holds more than plain data, or does not convert.
         FileNotFoundError: There is no source.
     """
-    dst = Path(dst)
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
     if dst.suffix != '.pth':
         raise ValueError(f'the name of a checkpoint ends in .pth, got {dst}')
     # The one class that their files hold and torch does not allow.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = load_from_local(src, map_location='cpu')
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'{src} must hold a dict, got {type(checkpoint).__name__}')
-    state_dict = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
+        checkpoint = load_from_local(str(src), map_location='cpu')
+    state_dict = checkpoint
+    for key in ('model', 'state_dict'):
+        if isinstance(checkpoint, dict) and key in checkpoint:
+            state_dict = checkpoint[key]
+            break
     if not isinstance(state_dict, dict):
         raise ValueError(f"{src} must hold a state dict under 'model', got "
                          f'{type(state_dict).__name__}')
+    # A pickled OrderedDict may bring methods of its own; a dict made of it does not.
+    state_dict = {key: dict.__getitem__(state_dict, key) for key in dict.__iter__(state_dict)}
     try:
         weights = convert_norm_torch(state_dict, classifier)
     except ValueError as error:
@@ -154,16 +178,19 @@ def convert_file(src: str, dst: str, classifier: bool = False) -> tuple[Path, in
     digits = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
     path = dst.with_name(f'{dst.stem}-{digits}.pth')
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part')
+    descriptor, part = tempfile.mkstemp(prefix=path.name, suffix='.part', dir=path.parent)
     try:
-        part.write_bytes(buffer.getbuffer())
+        with open(descriptor, 'wb') as file:
+            file.write(buffer.getbuffer())
+        os.chmod(part, 0o644)  # mkstemp lets nobody else read it
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    except BaseException:
+        os.unlink(part)
+        raise
     return path, depth
 
 
-def _sha256(path: str) -> str:
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while chunk := file.read(2**20):

@@ -67,11 +67,10 @@ class KNResNetCls(Trunk):
         self.norm = KernelNorm2d(self.feat_dim, dropout_p=min(5 * dropout_p, 0.25))
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        if min(x.shape[2:]) < self.min_size:
+        if x.dim() == 4 and min(x.shape[2:]) < self.min_size:
             raise ValueError(f'KNResNet-{self.depth} classifies images of at least '
                              f'{self.min_size} pixels a side, got {tuple(x.shape[2:])}; enlarge '
-                             'them' + ('' if self.min_size < 20 else ', or set '
-                                       'low_resolution=True'))
+                             'them' + (', or set low_resolution=True' if self.stem_pool else ''))
         x = self.forward_stem(x)
         for i in range(NUM_STAGES):
             x = self.get_submodule(f'layer{i + 1}')(x)

@@ -31,7 +31,6 @@ def setup():
         _check_undeclared()
         _import_ops()
     _register_loaders()
-    _register_classifier()
 
 
 def _import_stack():
@@ -99,26 +98,6 @@ def _missing_op(name):
     return op
 
 
-def _register_classifier():
-    """Says in one line why mmpretrain, which configs/classification is for, cannot be imported.
-
-    mmengine drops that reason and then reports that 'ImageClassifier' is not registered. This
-    stands at the root of its registries, where it is found after mmpretrain's own.
-    """
-    from mmengine.registry import MODELS
-
-    MODELS.register_module('ImageClassifier', force=True, module=_missing_classifier)
-
-
-def _missing_classifier(**kwargs):
-    try:
-        importlib.import_module('mmpretrain.models')
-        reason = "it builds image classifiers under default_scope='mmpretrain'"
-    except ImportError as error:
-        reason = f'{error}; see docs/pretraining.md'
-    raise ImportError(f'image classifiers are built by mmpretrain: {reason}')
-
-
 def _register_loaders():
     """Replaces each place where mmengine unpickles a checkpoint freely, or fails on its own.
 
@@ -170,6 +149,11 @@ def _load(name, read):
         if not reason.startswith('Unsupported operand'):
             asked = re.search(r'GLOBAL (\S+)', reason)
             asked = f'the global {asked[1]}' if asked else reason
+            if asked.endswith(' argparse.Namespace'):
+                raise ValueError(
+                    f"{name} was refused: it holds a command line ({asked}), as norm-torch's "
+                    'checkpoints do; tools/model_converters/norm_torch2mmseg.py converts those'
+                ) from None
             raise ValueError(
                 f'{name} was refused: its pickle holds more than plain data ({asked}), which '
                 'could run code. Get a file that holds only weights and plain values; or, if you '

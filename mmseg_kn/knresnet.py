@@ -201,9 +201,11 @@ class Trunk(BaseModule):
             if statistics:
                 reason = (f'it has running statistics ({prefix}{statistics[0]}), so it is a '
                           'BatchNorm network')
-            elif 'block0.0.weight' in given:
-                reason = ('it is one of norm-torch, which '
-                          'tools/model_converters/norm_torch2mmseg.py converts')
+            elif 'block0.0.weight' in given or 'model' in given:
+                raise ValueError(
+                    f'this checkpoint does not hold weights of KNResNet-{self.depth} as mmseg_kn '
+                    f'names them (e.g. {prefix}{next(iter(given))}); if it is one of norm-torch, '
+                    'tools/model_converters/norm_torch2mmseg.py converts it')
             elif not given.keys() & own.keys():
                 reason = (f'none of its {len(given)} keys matches, e.g. '
                           f'{prefix}{next(iter(given))}')

@@ -165,6 +165,14 @@ LOGITS = {
     50: [28.0377118892548, 0.42676320967927, 0.619637160918663, -0.645141250717445],
 }
 
+# The same for their models of low resolution with 10 classes, over image((2, 3, 33, 40)), in an
+# independent transcription of their published code.
+LOGITS_LOW_RESOLUTION = {
+    18: [3.11075857818429, 0.650083201012881, 0.554098182969209, -0.80540527872622],
+    34: [3.71557507422862, 0.911623212173681, 0.957549218309468, -1.11636334174967],
+    50: [2.90903526700595, 0.329872768933307, 0.426956617908444, -0.115732627957453],
+}
+
 # Their blocks: fingerprints of image 0, every (C // 16)th channel. 'kn_f' is the final KernelNorm.
 BLOCKS = {
     18: {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import ImgDataPreprocessor
-from mmengine.registry import MODELS, OPTIMIZERS, PARAM_SCHEDULERS
+from mmengine.registry import MODELS, OPTIMIZERS, PARAM_SCHEDULERS, init_default_scope
 
 from mmseg_kn import KNResNetClassifier, KNResNetCls
 
@@ -51,6 +51,21 @@ def test_model(name):
     ours = KNResNetClassifier(backbone.depth, low_resolution='cifar' in name).backbone
     shapes = {k: v.shape for k, v in backbone.state_dict().items()}
     assert shapes == {k: v.shape for k, v in ours.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_mmpretrain_builds_it_and_shares_our_checkpoints(name):
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
+    cfg = load(name)
+    init_default_scope('mmpretrain')
+    theirs = MMPRETRAIN_MODELS.build(cfg.model).eval()
+    ours = KNResNetClassifier(cfg.model.backbone.depth, cfg.model.head.num_classes,
+                              'cifar' in name).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(1, 3, *[32 if 'cifar' in name else 96] * 2)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, mode='tensor'), ours(x))
 
 
 @pytest.mark.parametrize('name', [n for n in CONFIGS if n.startswith('knresnet18')])

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -92,6 +93,15 @@ def test_a_missing_data_folder_is_one_clear_line(options, tmp_path):
     log = execute(ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path, *options,
                   'train_dataloader.dataset.data_root=nowhere', cwd=tmp_path, check=False)
     assert 'no image folder nowhere' in log.splitlines()[-1]
+
+
+@pytest.mark.skipif(find_spec('mmpretrain') is not None, reason='mmpretrain is installed')
+def test_without_mmpretrain_its_configs_are_one_clear_line(tmp_path):
+    config = ROOT / 'configs/classification/knresnet18_1xb2_cifar100.py'
+    log = execute(ROOT / 'tools/train.py', config, '--work-dir', tmp_path, cwd=tmp_path,
+                  check=False)
+    assert 'image classifiers need mmpretrain, pip install' in log.splitlines()[-1]
+    assert 'Traceback' not in log
 
 
 def test_compare_predictions(trained, options, tmp_path):

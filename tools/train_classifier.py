@@ -2,24 +2,28 @@
 
 DATA is a folder, train/CLASS/*.png and val/CLASS/*.png, or the word `digits`: the handwritten
 digits that scikit-learn ships, enlarged from 8 x 8 to 32 x 32, the first half for training and the
-second, by other hands, for validation. Each combination of --norms, --batch-sizes and --seeds is a
-run of mmengine's Runner in a folder of its own; with --csv, finished runs are not repeated.
+second, mostly by other writers, for validation. Each combination of --norms, --batch-sizes and
+--seeds is a run of mmengine's Runner in a folder of its own, whose name ends in a hash of all its
+settings; finished runs are not repeated.
 
     python tools/train_classifier.py digits --low-resolution --crop-padding 4 --csv digits.csv
 
 KN is KNResNet in the authors' geometry for classification; BN and GN (32 groups) are mmseg's
-ResNet. The recipe is the authors' for CIFAR-100, shortened: SGD with momentum 0.9 and weight
-decay 5e-4; the learning rate falls along a cosine to a hundredth and begins with KN 0.05, BN and
-GN 0.025 at batch 32, KN and GN 0.0015625, BN 0.00078125 at batch 2 (for other batch sizes, in
-proportion to that of batch 32). KN takes images in [0, 1], the others shifted and scaled by the
-training set's mean and standard deviation.
+ResNet. The recipe is the authors' for CIFAR-100 at depth 18, shortened: SGD with momentum 0.9 and
+weight decay 5e-4; the learning rate falls along a cosine to a hundredth and begins with KN 0.05,
+BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN 0.00078125 at batch 2 (other batch sizes: in
+proportion to the nearest of the two; other depths: --lr). KN takes images in [0, 1], the others
+shifted and scaled by the training set's mean and standard deviation.
 
-The checkpoint's keys are mmpretrain's: as init_cfg of a segmentor's backbone,
-dict(type='Pretrained', checkpoint=..., prefix='backbone.').
+The checkpoint's keys are mmpretrain's. But for --low-resolution, whose stem is another, it
+initialises a segmentor's backbone, in config or --cfg-options:
+init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.').
 """
 import argparse
 import csv
+import hashlib
 import itertools
+import json
 import statistics
 import time
 from pathlib import Path
@@ -42,8 +46,6 @@ from mmseg.models.backbones import ResNet
 
 LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
                   ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025}
-KEYS = ('data', 'depth', 'norm', 'batch_size', 'seed', 'epochs', 'lr', 'clip_grad',
-        'zero_init_residual')
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,8 +68,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--low-resolution', action='store_true',
                         help='stem for small images: 3x3, stride 1, no pool')
     parser.add_argument('--work-dir', default='work_dirs/classifier', help='(%(default)s)')
-    parser.add_argument('--csv', help='results, one line a run; added to if it exists')
+    parser.add_argument('--csv', help='file to write results to, one line a run')
     args = parser.parse_args()
+    if min(args.epochs, *args.batch_sizes) < 1 or args.crop_padding < 0:
+        parser.error('epochs and batch sizes must be positive, crop padding not negative')
+    if args.depth != 18 and args.lr is None:
+        parser.error('depths 34 and 50 need --lr')
     if args.data != 'digits' and not Path(args.data, 'train').is_dir():
         parser.error(f'no folder {args.data}/train; name a folder with train/CLASS/*.png and '
                      'val/CLASS/*.png, or digits')
@@ -96,7 +102,10 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> dict:
         image = self.images[index]
         if isinstance(image, Path):
-            image = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
+            path, image = image, cv2.imread(str(image))
+            if image is None:
+                raise ValueError(f'{path} is damaged')
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         h, w = image.shape[:2]
         if self.crop_padding:
             image = np.pad(image, (*[(self.crop_padding, self.crop_padding)] * 2, (0, 0)))
@@ -124,6 +133,10 @@ def load(args: argparse.Namespace) -> tuple[Images, Images, list[str]]:
         classes = [str(name) for name in digits.target_names]
     else:
         classes = sorted(p.name for p in Path(args.data, 'train').iterdir() if p.is_dir())
+        unknown = {p.name for p in Path(args.data, 'val').glob('*') if p.is_dir()} - {*classes}
+        if unknown:
+            raise SystemExit(f'{args.data}/val has classes that {args.data}/train has not: '
+                             f'{sorted(unknown)}')
         train, val = (find(Path(args.data, split), classes) for split in ('train', 'val'))
     return Images(*train, args.crop_padding, args.flip), Images(*val), classes
 
@@ -188,13 +201,12 @@ def build_backbone(norm: str, args: argparse.Namespace) -> nn.Module:
     return backbone
 
 
-def run(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int,
-        lr: float) -> float:
+def run(args: argparse.Namespace, sets, settings: dict, folder: Path) -> float:
     """Trains and validates; returns the accuracy at the end."""
+    norm, batch_size, seed, lr = (settings[k] for k in ('norm', 'batch_size', 'seed', 'lr'))
     train, val, classes = sets
     set_random_seed(seed)
     mean, std = ([0.] * 3, [255.] * 3) if norm == 'KN' else moments(train)
-    name = f'{norm}{args.depth}_b{batch_size}_s{seed}'
     iterations = -(-len(train) // batch_size) * args.epochs
 
     def loader(dataset, batch_size, shuffle):
@@ -204,8 +216,8 @@ def run(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int,
 
     runner = Runner(
         Classifier(build_backbone(norm, args), len(classes), mean, std),
-        work_dir=str(Path(args.work_dir, name)),
-        experiment_name=f'{Path(args.data).name}_{name}_{time.time_ns()}',
+        work_dir=str(folder),
+        experiment_name=f'{folder.name}_{time.time_ns()}',
         train_dataloader=loader(train, batch_size, True),
         val_dataloader=loader(val, 32, False),
         train_cfg=dict(by_epoch=True, max_epochs=args.epochs),
@@ -223,55 +235,66 @@ def run(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int,
     return runner.message_hub.get_scalar('val/accuracy/top1').current()
 
 
-def read(path: str | None) -> list[dict]:
-    if path is None or not Path(path).exists():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
+def initial_lr(norm: str, batch_size: int) -> float:
+    nearest = 2 if batch_size < 8 else 32
+    return LEARNING_RATES[norm, nearest] * batch_size / nearest
 
 
-def report(rows: list[dict]) -> None:
+def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int) -> dict:
+    """Runs, unless it was run before; returns settings and accuracy."""
+    settings = dict(
+        data=args.data, images=len(sets[0]), depth=args.depth, low_resolution=args.low_resolution,
+        norm=norm, batch_size=batch_size, seed=seed, epochs=args.epochs,
+        lr=args.lr if args.lr is not None else initial_lr(norm, batch_size),
+        crop_padding=args.crop_padding, flip=args.flip, clip_grad=args.clip_grad,
+        zero_init_residual=args.zero_init_residual)
+    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    folder = Path(args.work_dir, f'{norm}{args.depth}_b{batch_size}_s{seed}-{digits}')
+    file = folder / 'result.json'
+    if file.exists():
+        return json.loads(file.read_text())
+    start = time.time()
+    accuracy = run(args, sets, settings, folder)
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+              f'CPU, {torch.get_num_threads()} threads')
+    result = dict(settings, accuracy=round(accuracy, 2), seconds=round(time.time() - start),
+                  torch=torch.__version__, device=device)
+    part = file.with_suffix('.part')
+    part.write_text(json.dumps(result))
+    part.replace(file)
+    print(f'{folder}/epoch_{args.epochs}.pth: {accuracy:.1f} %')
+    return result
+
+
+def report(results: list[dict]) -> None:
     """Prints mean and standard deviation over the seeds, in Markdown."""
     print('\n| | batch size | learning rate | accuracy, % | of each seed |\n|---|---|---|---|---|')
     groups = {}
-    for row in rows:
-        key = tuple(row[k] for k in KEYS if k != 'seed')
-        groups.setdefault(key, []).append(float(row['accuracy']))
-    for (_, depth, norm, batch_size, _, lr, *_), values in groups.items():
-        name = f'KNResNet-{depth}' if norm == 'KN' else f'ResNet-{depth}, {norm}'
+    for r in results:
+        groups.setdefault((r['norm'], r['batch_size'], r['lr']), []).append(r)
+    for (norm, batch_size, lr), runs in groups.items():
+        name = f'KNResNet-{runs[0]["depth"]}'
+        if norm != 'KN':
+            name = f'ResNet-{runs[0]["depth"]}, {norm}'
+        values = [r['accuracy'] for r in runs]
         spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-        print(f'| {name} | {batch_size} | {lr} | {statistics.mean(values):.1f}{spread} | '
+        print(f'| {name} | {batch_size} | {lr:g} | {statistics.mean(values):.1f}{spread} | '
               f'{", ".join(f"{v:.1f}" for v in values)} |')
 
 
 def main() -> None:
     args = parse_args()
     sets = load(args)
-    done, rows = read(args.csv), []
+    results = []
     for norm, batch_size, seed in itertools.product(args.norms, args.batch_sizes, args.seeds):
-        lr = args.lr or LEARNING_RATES.get((norm, batch_size),
-                                           LEARNING_RATES[norm, 32] * batch_size / 32)
-        row = dict(zip(KEYS, map(str, (Path(args.data).name, args.depth, norm, batch_size, seed,
-                                       args.epochs, lr, args.clip_grad,
-                                       args.zero_init_residual)), strict=True))
-        finished = [d for d in done if all(d[k] == row[k] for k in KEYS)]
-        if finished:
-            rows.append(finished[0])
-            continue
-        start = time.time()
-        row['accuracy'] = f'{run(args, sets, norm, batch_size, seed, lr):.2f}'
-        row.update(seconds=f'{time.time() - start:.0f}', torch=torch.__version__,
-                   device='cuda' if torch.cuda.is_available() else
-                   f'CPU, {torch.get_num_threads()} threads')
-        rows.append(row)
+        results.append(result_of(args, sets, norm, batch_size, seed))
         if args.csv:
-            new = not Path(args.csv).exists()
-            with open(args.csv, 'a', newline='') as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-    report(rows)
+            Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+            with open(args.csv, 'w', newline='') as file:
+                writer = csv.DictWriter(file, results[0])
+                writer.writeheader()
+                writer.writerows(results)
+    report(results)
 
 
 if __name__ == '__main__':

@@ -33,23 +33,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--img-suffix', default='_leftImg8bit.png', help='(%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='(%(default)s)')
     args = parser.parse_args()
-    if args.dst.exists() and any(args.dst.iterdir()):
-        parser.error(f'{args.dst} is not empty')
+    if args.dst.is_file() or args.dst.is_dir() and any(args.dst.iterdir()):
+        parser.error(f'{args.dst} must be a new or an empty folder')
+    for split in ('train', 'val'):
+        if not label_files(args.src, split):
+            parser.error(f'no *{LABELS} in {args.src / "gtFine" / split}')
     if args.size < 1 or args.per_class < 1:
         parser.error('--size and --per-class must be positive')
     return args
+
+
+def label_files(src: Path, split: str) -> list[Path]:
+    return sorted((src / 'gtFine' / split).rglob('*' + LABELS))
+
+
+def read(path: Path, flags: int) -> np.ndarray:
+    image = cv2.imread(str(path), flags)
+    if image is None:
+        raise SystemExit(f'{path} is missing or damaged')
+    return image
 
 
 def cut(args: argparse.Namespace, split: str, number: int) -> None:
     """Writes ``number`` crops of each class that occurs in the split."""
     rng = np.random.default_rng((args.seed, split == 'val'))
     names = [name.replace(' ', '_') for name in CityscapesDataset.METAINFO['classes']]
-    files = sorted((args.src / 'gtFine' / split).rglob('*' + LABELS))
-    if not files:
-        raise SystemExit(f'no *{LABELS} in {args.src / "gtFine" / split}')
     holders = defaultdict(list)  # class -> the files it occurs in
-    for file in mmengine.track_iter_progress(files):
-        for index in np.unique(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)):
+    for file in mmengine.track_iter_progress(label_files(args.src, split)):
+        for index in np.unique(read(file, cv2.IMREAD_UNCHANGED)):
             if index < len(names):
                 holders[index].append(file)
     picks = defaultdict(list)  # file -> the classes to cut out of it
@@ -59,18 +70,22 @@ def cut(args: argparse.Namespace, split: str, number: int) -> None:
         (args.dst / split / names[index]).mkdir(parents=True)
     half = args.size // 2
     for file in mmengine.track_iter_progress(sorted(picks)):
-        label = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-        folder = args.src / 'leftImg8bit' / file.relative_to(args.src / 'gtFine').parent
+        label = read(file, cv2.IMREAD_UNCHANGED)
+        scene = file.relative_to(args.src / 'gtFine').parent
         stem = file.name.removesuffix(LABELS)
-        image = cv2.imread(str(folder / (stem + args.img_suffix)))
-        if image is None:
-            raise SystemExit(f'no image {folder / (stem + args.img_suffix)}; see --img-suffix')
+        path = args.src / 'leftImg8bit' / scene / (stem + args.img_suffix)
+        image = read(path, cv2.IMREAD_COLOR)
+        if image.shape[:2] != label.shape:
+            raise SystemExit(f'{path} is of size {image.shape[:2]}, its label {label.shape}')
         image = cv2.copyMakeBorder(image, *[half] * 4, cv2.BORDER_REFLECT_101)
         for k, index in enumerate(picks[file]):
             ys, xs = np.nonzero(label == index)
             i = rng.integers(len(ys))
             crop = image[ys[i]:ys[i] + args.size, xs[i]:xs[i] + args.size]
-            cv2.imwrite(str(args.dst / split / names[index] / f'{stem}_{k}.png'), crop)
+            # Names of files may recur in other cities.
+            name = '_'.join([*scene.parts[1:], stem, f'{k}.png'])
+            if not cv2.imwrite(str(args.dst / split / names[index] / name), crop):
+                raise SystemExit(f'{args.dst / split / names[index] / name} cannot be written')
     print(f'\n{args.dst / split}: {number} crops of each of {len(holders)} classes, out of '
           f'{len(picks)} scenes')
 
