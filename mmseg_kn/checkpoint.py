@@ -170,7 +170,8 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
     except ValueError as error:
         raise ValueError(f'{src} cannot be converted: {error}') from None
 
-    from . import __version__
+    from . import __version__  # here, for the package imports this module
+
     depth = norm_torch_depth(state_dict)
     meta = dict(source_sha256=_sha256(src), depth=depth, mmseg_kn_version=__version__)
     buffer = io.BytesIO()
