@@ -2,19 +2,17 @@
 import argparse
 import hashlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import golden
 import pytest
 import torch
 from mmseg.models.backbones import ResNet
+from program import ROOT, execute
 
 from mmseg_kn import KNResNet, KNResNetClassifier, __version__
 from mmseg_kn.checkpoint import convert_file, convert_norm_torch, norm_torch_depth
 
-TOOL = Path(__file__).parents[1] / 'tools/model_converters/norm_torch2mmseg.py'
+TOOL = ROOT / 'tools/model_converters/norm_torch2mmseg.py'
 
 
 @pytest.fixture(scope='module')
@@ -202,14 +200,9 @@ def test_an_unconverted_checkpoint_names_the_tool(tmp_path, weights):
 def test_tool(tmp_path, weights):
     source = save(tmp_path / 'src.pth', weights)
 
-    def run(*args):
-        env = dict(os.environ, PYTHONPATH=str(TOOL.parents[2]))
-        return subprocess.run([sys.executable, TOOL, *args], cwd=tmp_path, env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    done = run(source, 'dst.pth')
+    log = execute(TOOL, source, 'dst.pth', cwd=tmp_path)
     written, = tmp_path.glob('dst-*.pth')
-    assert done.returncode == 0 and f'KNResNet-18; written to {written.name}' in done.stdout
-    assert f"type='Pretrained', checkpoint='{written.name}'" in done.stdout
-    done = run(tmp_path / 'absent.pth', 'dst.pth')
-    assert done.returncode == 1 and 'absent.pth can not be found' in done.stdout.splitlines()[-1]
+    assert f'KNResNet-18; written to {written.name}' in log
+    assert f"type='Pretrained', checkpoint='{written.name}'" in log
+    log = execute(TOOL, tmp_path / 'absent.pth', 'dst.pth', cwd=tmp_path, check=False)
+    assert 'absent.pth can not be found' in log.splitlines()[-1] and 'Traceback' not in log

@@ -1,7 +1,5 @@
 """From generated scenes to mIoU through the tools, as a user runs them, on any stack."""
-import os
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,10 +7,10 @@ import cv2
 import mmseg
 import numpy as np
 import pytest
+from program import ROOT, execute
 
 from mmseg_kn.toy_cityscapes import generate
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x256.py'
 MMSEG_TOOLS = Path(mmseg.__file__).parent / '.mim/tools'
 SHORT = ['train_cfg.max_iters=4', 'train_cfg.val_interval=4', 'param_scheduler.0.end=4',
@@ -22,15 +20,6 @@ SHORT = ['train_cfg.max_iters=4', 'train_cfg.val_interval=4', 'param_scheduler.0
          'val_dataloader.persistent_workers=False', 'test_dataloader.num_workers=0',
          'test_dataloader.persistent_workers=False', 'model.data_preprocessor.size=(64,128)',
          'randomness.seed=0']
-
-
-def execute(*args, cwd, check=True):
-    """Runs a Python program with one thread, away from the checkout; returns what it printed."""
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert not check or done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope='module')

@@ -1,29 +1,18 @@
 """From street scenes to crops to a classifier to a segmentor's backbone, through the tools."""
 import csv
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.runner import CheckpointLoader
+from program import ROOT, execute
 
 from mmseg_kn import KNResNet, KNResNetClassifier
 from mmseg_kn.toy_cityscapes import generate
 
-TOOLS = Path(__file__).parents[1] / 'tools'
-
-
-def execute(*args, cwd, check=True):
-    env = dict(os.environ, PYTHONPATH=str(TOOLS.parent), OMP_NUM_THREADS='1')
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert not check or done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+TOOLS = ROOT / 'tools'
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,3 @@
-# dataset settings
 dataset_type = 'ImageNet'
 data_root = 'data/imagenet/'
 # RGB in [0, 1], neither shifted nor scaled by the data set's statistics.
