@@ -40,6 +40,8 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
         ValueError: A key is missing, unknown or of another shape, a value is not a dense tensor
             of finite floating-point numbers, or this is another network.
     """
+    if all(str(name).startswith('module.') for name in state_dict):  # of DistributedDataParallel
+        state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
     depth = norm_torch_depth(state_dict)
     names = _names(depth)
     missing = [name for name in names if name not in state_dict]
@@ -82,7 +84,7 @@ def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
     Raises:
         ValueError: The weights are those of another network.
     """
-    keys = set(state_dict)
+    keys = {str(name).removeprefix('module.') for name in state_dict}
     if 'block0.0.weight' in keys:
         return min(DEPTHS, key=lambda depth: len(keys ^ set(_names(depth))))
     remedy = "norm-torch's checkpoints of KNResNet-18, 34 and 50 can be converted"

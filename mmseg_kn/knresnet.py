@@ -198,25 +198,30 @@ class Trunk(BaseModule):
         absent = [k for k, v in own.items() if k not in given or given[k].shape != v.shape]
         if given and absent:
             statistics = [k for k in given if k.endswith('running_mean')]
+            first = prefix + next(iter(given))
+            remedy = ('use a checkpoint of a KNResNet trained with mmseg_kn, or none, to train '
+                      'from scratch')
             if statistics:
                 reason = (f'it has running statistics ({prefix}{statistics[0]}), so it is a '
                           'BatchNorm network')
             elif 'block0.0.weight' in given or 'model' in given:
-                raise ValueError(
-                    f'this checkpoint does not hold weights of KNResNet-{self.depth} as mmseg_kn '
-                    f'names them (e.g. {prefix}{next(iter(given))}); if it is one of norm-torch, '
-                    'tools/model_converters/norm_torch2mmseg.py converts it')
+                reason = f'mmseg_kn does not name them so ({first})'
+                remedy = ('if it is one of norm-torch, tools/model_converters/norm_torch2mmseg.py '
+                          'converts it')
+            elif 'backbone.stem.weight' in given:
+                reason = f'it holds a whole model ({first})'
+                remedy = "take its backbone: init_cfg=dict(..., prefix='backbone.')"
             elif not given.keys() & own.keys():
-                reason = (f'none of its {len(given)} keys matches, e.g. '
-                          f'{prefix}{next(iter(given))}')
+                reason = f'none of its {len(given)} keys matches, e.g. {first}'
+            elif absent == ['stem.weight'] and stem is not None:
+                reason = (f'its stem has a kernel of {tuple(stem.shape[2:])}, that of '
+                          f'{self.stem.kernel_size} is needed')
+                remedy = 'low resolution and this network do not share a stem'
             else:
                 reason = (f'{len(absent)} of {len(own)} weights are missing or of another shape, '
                           f'e.g. {prefix}{absent[0]}')
-            raise ValueError(
-                f'this checkpoint does not hold weights of KNResNet-{self.depth}: {reason}. '
-                'Weights of other networks cannot be converted; use a checkpoint of a KNResNet '
-                'trained with mmseg_kn (in init_cfg, that of a whole model needs '
-                "prefix='backbone.'), or none, to train from scratch.")
+            raise ValueError(f'this checkpoint does not hold weights of KNResNet-{self.depth}: '
+                             f'{reason}; {remedy}')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

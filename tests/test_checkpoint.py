@@ -107,6 +107,11 @@ def changed(weights, **changes):
     return weights
 
 
+def test_the_prefix_of_a_data_parallel_model(weights):
+    wrapped = {f'module.{key}': value for key, value in weights.items()}
+    assert convert_norm_torch(wrapped).keys() == convert_norm_torch(weights).keys()
+
+
 @pytest.mark.parametrize('changes, message', [
     (dict(res_block3__conv2__bias=None), 'knresnet18, but have missing keys: '
      'res_block3.conv2.bias$'),

@@ -55,13 +55,13 @@ def start(command):
 
 def test_a_grid_killed_and_run_again(command):
     work = Path(command[command.index('--work-dir') + 1])
-    cell = work / KN / 'b1_s3'
     first = start(command)
     deadline = time.time() + 300
-    while not (cell / 'last_checkpoint').exists() and time.time() < deadline:
+    while not list(work.glob('*/*/last_checkpoint')) and time.time() < deadline:
         time.sleep(.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
+    cell, = (work / KN).glob('b1_s3-*')
     assert (cell / 'iter_2.pth').exists() and not (cell / 'result.json').exists()
 
     log, _ = (second := start(command)).communicate()
@@ -88,8 +88,17 @@ def test_a_grid_killed_and_run_again(command):
 
     before = {p: p.stat().st_mtime_ns for p in work.rglob('*.log')}
     log, _ = start(command).communicate()
-    assert (work / 'table.md').read_text() == table
+    assert (work / 'table.md').read_text() == table and '(kept)' in log
     assert before == {p: p.stat().st_mtime_ns for p in work.rglob('*.log')}
+
+
+def test_other_settings_are_another_cell(tool):
+    cfg = Config.fromfile(ROOT / f'configs/deeplabv3/{KN}.py')
+    cfg.randomness = dict(seed=0)
+    folder = tool.folder_of(cfg)
+    assert folder.startswith('b2_s0-') and folder == tool.folder_of(cfg.copy())
+    cfg.optim_wrapper.optimizer.lr = 7
+    assert tool.folder_of(cfg) != folder
 
 
 def test_rescaling_follows_the_shipped_schedules(tool):
@@ -118,7 +127,7 @@ def test_p_value(tool):
 def test_an_epoch_schedule_is_refused(tool, tmp_path):
     path = tmp_path / 'epochs.py'
     path.write_text("train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)")
-    with pytest.raises(ValueError, match='must train by iterations'):
+    with pytest.raises(SystemExit, match='must train by iterations'):
         tool.load(str(path), None)
 
 

@@ -26,7 +26,7 @@ def run(name: str) -> None:
                     raise
                 raise SystemExit(
                     'image classifiers need mmpretrain, pip install "mmseg_kn[mmpretrain]", and '
-                    f'the torchvision that fits torch {torch.__version__} '
+                    f'the torchvision that fits torch {torch.__version__}: docs/pretraining.md '
                     f'({str(error.args[0]).split(". ")[0]})') from None
             return
     raise FileNotFoundError(f'mmseg {mmseg.__version__} in {package} carries no tools/{name}; '

@@ -4,7 +4,7 @@ DATA is a folder, train/CLASS/*.png and val/CLASS/*.png, or the word `digits`: t
 digits that scikit-learn ships, enlarged from 8 x 8 to 32 x 32, the first half for training and the
 second, mostly by other writers, for validation. Each combination of --norms, --batch-sizes and
 --seeds is a run of mmengine's Runner in a folder of its own, whose name ends in a hash of all its
-settings; finished runs are not repeated.
+settings and of the data; finished runs are kept.
 
     python tools/train_classifier.py digits --low-resolution --crop-padding 4 --csv digits.csv
 
@@ -76,7 +76,8 @@ def parse_args() -> argparse.Namespace:
         parser.error('depths 34 and 50 need --lr')
     if args.data != 'digits' and not Path(args.data, 'train').is_dir():
         parser.error(f'no folder {args.data}/train; name a folder with train/CLASS/*.png and '
-                     'val/CLASS/*.png, or digits')
+                     'val/CLASS/*.png (tools/dataset_converters/street_crops.py makes one), or '
+                     'digits')
     return args
 
 
@@ -138,7 +139,22 @@ def load(args: argparse.Namespace) -> tuple[Images, Images, list[str]]:
             raise SystemExit(f'{args.data}/val has classes that {args.data}/train has not: '
                              f'{sorted(unknown)}')
         train, val = (find(Path(args.data, split), classes) for split in ('train', 'val'))
-    return Images(*train, args.crop_padding, args.flip), Images(*val), classes
+    train, val = Images(*train, args.crop_padding, args.flip), Images(*val)
+    size = train[0]['inputs'].shape[1:]
+    needed = build_backbone('KN', args).min_size
+    if min(size) < needed:
+        raise SystemExit(f'images of {size[0]} x {size[1]} pixels are too small for the stem of '
+                         f'ImageNet, which needs {needed}: --low-resolution')
+    return train, val, classes
+
+
+def digest(*sets: Images) -> str:
+    """Changes with the names, sizes and labels of the images."""
+    names = [(str(image.relative_to(image.parents[2])), image.stat().st_size, label)
+             if isinstance(image, Path) else (image.tobytes().hex(), label)
+             for images in sets
+             for image, label in zip(images.images, images.labels, strict=True)]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
 
 
 def find(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
@@ -243,16 +259,20 @@ def initial_lr(norm: str, batch_size: int) -> float:
 def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int) -> dict:
     """Runs, unless it was run before; returns settings and accuracy."""
     settings = dict(
-        data=args.data, images=len(sets[0]), depth=args.depth, low_resolution=args.low_resolution,
-        norm=norm, batch_size=batch_size, seed=seed, epochs=args.epochs,
+        data=f'{Path(args.data).name}-{digest(*sets[:2])}', depth=args.depth,
+        low_resolution=args.low_resolution, norm=norm, batch_size=batch_size, seed=seed,
+        epochs=args.epochs,
         lr=args.lr if args.lr is not None else initial_lr(norm, batch_size),
         crop_padding=args.crop_padding, flip=args.flip, clip_grad=args.clip_grad,
         zero_init_residual=args.zero_init_residual)
     digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     folder = Path(args.work_dir, f'{norm}{args.depth}_b{batch_size}_s{seed}-{digits}')
     file = folder / 'result.json'
+    checkpoint = folder / f'epoch_{args.epochs}.pth'
     if file.exists():
-        return json.loads(file.read_text())
+        result = json.loads(file.read_text())
+        print(f'{checkpoint}: {result["accuracy"]:.1f} % (kept)')
+        return result
     start = time.time()
     accuracy = run(args, sets, settings, folder)
     device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
@@ -262,7 +282,7 @@ def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: 
     part = file.with_suffix('.part')
     part.write_text(json.dumps(result))
     part.replace(file)
-    print(f'{folder}/epoch_{args.epochs}.pth: {accuracy:.1f} %')
+    print(f'{checkpoint}: {accuracy:.1f} %')
     return result
 
 
@@ -286,7 +306,9 @@ def main() -> None:
     args = parse_args()
     sets = load(args)
     results = []
-    for norm, batch_size, seed in itertools.product(args.norms, args.batch_sizes, args.seeds):
+    runs = list(itertools.product(args.norms, args.batch_sizes, args.seeds))
+    for i, (norm, batch_size, seed) in enumerate(runs):
+        print(f'[{i + 1}/{len(runs)}] {norm}, batch {batch_size}, seed {seed}')
         results.append(result_of(args, sets, norm, batch_size, seed))
         if args.csv:
             Path(args.csv).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Trains configs against each other over batch sizes and seeds, and draws up the result.
 
 Every cell of the grid config x batch size x seed is a run of tools/train.py in a folder of its
-own. Cells that have finished are not repeated, one that was killed goes on from its last
-checkpoint, and one that fails is reported as failed (--retry-failed tries it again).
+own, whose name ends in a hash of its whole config. Cells that have finished are kept, one that was
+killed goes on from its last checkpoint, and one that fails is reported as failed.
 
 From a config's own batch size B0, batch size B takes lr * B / B0 and iterations * B0 / B (likewise
 eta_min, and every interval): each cell sees as many images.
@@ -16,9 +16,11 @@ In --work-dir: results.csv (a line for each cell), table.md, figures.png.
 """
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,14 +51,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('configs', nargs='+', help='differences are to the first')
     parser.add_argument('--batch-sizes', nargs='+', type=int,
                         help="images an iteration; by default each config's own")
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2],
+                        help='(%(default)s)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare_norms'),
                         help='(%(default)s)')
     parser.add_argument('--data-root', help='in place of that of the configs')
-    parser.add_argument('--retry-failed', action='store_true')
+    parser.add_argument('--retry-failed', action='store_true',
+                        help='run cells again that have failed with the same config')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of every config')
+                        help='override settings of every config, before batch size and '
+                        'schedule are scaled')
     args = parser.parse_args()
+    for path in args.configs:
+        if not Path(path).is_file():
+            parser.error(f'no config {path}')
     names = [Path(path).stem for path in args.configs]
     if len(set(names)) < len(names):
         parser.error(f'the configs must have different names, got {names}')
@@ -68,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 def load(path: str, args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(path)
     if cfg.train_cfg.get('type') != 'IterBasedTrainLoop':
-        raise ValueError(f'{path} must train by iterations (train_cfg.type IterBasedTrainLoop)')
+        raise SystemExit(f'{path} must train by iterations (train_cfg.type IterBasedTrainLoop)')
     if args.data_root:
         for split in ('train', 'val', 'test'):
             cfg[f'{split}_dataloader'].dataset.data_root = args.data_root
@@ -91,6 +99,15 @@ def rescale(cfg: Config, batch_size: int) -> None:
     for scheduler in cfg.param_scheduler:
         if 'eta_min' in scheduler:
             scheduler.eta_min *= ratio
+    logger = cfg.default_hooks.logger
+    logger.interval = min(logger.get('interval', 10), cfg.train_cfg.max_iters)
+
+
+def folder_of(cfg: Config) -> str:
+    """Names a cell: no other settings share its folder."""
+    settings = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+    digits = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    return f'b{cfg.train_dataloader.batch_size}_s{cfg.randomness.seed}-{digits}'
 
 
 def run(cell: Path, cfg: Config) -> dict:
@@ -113,6 +130,8 @@ def run(cell: Path, cfg: Config) -> dict:
         result['error'] = lines[-1] if lines else f'exit status {status}'
     else:
         result.update(curves(cell))
+        if not (result['miou'] and result['loss']):
+            result['error'] = 'no mIoU and no loss in the log; see train_cfg.val_interval'
     part = cell / 'result.json.part'
     part.write_text(json.dumps(result))
     part.replace(cell / 'result.json')
@@ -132,7 +151,8 @@ def curves(cell: Path) -> dict:
                 times.append(entry['time'])
                 memory.append(entry.get('memory', 0))
     return dict(miou=sorted(miou.items()), loss=sorted(loss.items()),
-                iteration_seconds=statistics.median(times), gpu_mib=max(memory))
+                iteration_seconds=statistics.median(times) if times else 0,
+                gpu_mib=max(memory, default=0))
 
 
 def complexity(cfg: Config) -> tuple[float, float]:
@@ -246,38 +266,41 @@ def write_csv(groups: dict, path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
+    # As Ctrl-C does, so that no training is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     configs = {Path(path).stem: load(path, args) for path in args.configs}
-    cells = [(name, batch, seed) for seed in args.seeds for name, cfg in configs.items()
-             for batch in args.batch_sizes or [cfg.train_dataloader.batch_size]]
-    results, spent = {}, []
-    for i, (name, batch, seed) in enumerate(cells):
-        cell = args.work_dir / name / f'b{batch}_s{seed}'
-        result = None
-        if (cell / 'result.json').exists():
-            result = json.loads((cell / 'result.json').read_text())
-            if 'error' in result and args.retry_failed:
-                result = None
+    cells = []
+    for seed in args.seeds:
+        for name, cfg in configs.items():
+            for batch in args.batch_sizes or [cfg.train_dataloader.batch_size]:
+                cfg = configs[name].copy()
+                rescale(cfg, batch)
+                cfg.randomness = dict(seed=seed)
+                cells.append((name, batch, seed, args.work_dir / name / folder_of(cfg), cfg))
+
+    def kept(cell: Path) -> dict | None:
+        file = cell / 'result.json'
+        result = json.loads(file.read_text()) if file.exists() else None
+        return None if result and 'error' in result and args.retry_failed else result
+
+    groups, spent = {name_batch[:2]: {} for name_batch in sorted(
+        cells, key=lambda c: list(configs).index(c[0]))}, []
+    for i, (name, batch, seed, cell, cfg) in enumerate(cells):
+        title = f'[{i + 1}/{len(cells)}] {name}, batch {batch}, seed {seed}: '
+        result, note = kept(cell), 'kept'
         if result is None:
-            cfg = configs[name].copy()
-            rescale(cfg, batch)
-            cfg.randomness = dict(seed=seed)
+            print(f'{title}{cell}/train.log', flush=True)
             result = run(cell.resolve(), cfg)
             if 'error' not in result:
                 spent.append(result['seconds'])
-        results[name, batch, seed] = result
+            missing = sum(kept(c[3]) is None for c in cells[i + 1:])
+            left = timedelta(seconds=round(statistics.mean(spent) * missing)) if spent else '?'
+            note = f'{left} left'
+        groups[name, batch][seed] = result
         outcome = (f'failed: {result["error"]}' if 'error' in result else
                    f'mIoU {result["miou"][-1][1]:.2f} in {timedelta(seconds=result["seconds"])}')
-        missing = sum(1 for cell in cells[i + 1:]
-                      if not (args.work_dir / cell[0] / f'b{cell[1]}_s{cell[2]}' /
-                              'result.json').exists())
-        left = timedelta(seconds=round(statistics.mean(spent) * missing)) if spent else '?'
-        print(f'[{i + 1}/{len(cells)}] {name}, batch {batch}, seed {seed}: {outcome}; '
-              f'{left} left', flush=True)
-    groups = {}
-    for name in configs:
-        for (other, batch, seed), result in results.items():
-            if other == name:
-                groups.setdefault((name, batch), {})[seed] = result
+        print(f'{title}{outcome} ({note})', flush=True)
+
     sizes = {name: complexity(cfg) for name, cfg in configs.items()}
     text = table(groups, sizes, next(iter(configs)))
     (args.work_dir / 'table.md').write_text(text)
@@ -285,6 +308,11 @@ def main() -> None:
     draw(groups, args.work_dir / 'figures.png')
     print(f'\n{text}\n{args.work_dir}: results.csv, table.md, figures.png '
           f'(mmseg_kn {mmseg_kn.__version__}, torch {torch.__version__})')
+    failed = sum('error' in r for results in groups.values() for r in results.values())
+    if failed:
+        print(f'{failed} of {len(cells)} cells failed; --retry-failed runs them again')
+    if failed == len(cells):
+        sys.exit(1)
 
 
 if __name__ == '__main__':

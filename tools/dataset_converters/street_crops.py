@@ -36,8 +36,12 @@ def parse_args() -> argparse.Namespace:
     if args.dst.is_file() or args.dst.is_dir() and any(args.dst.iterdir()):
         parser.error(f'{args.dst} must be a new or an empty folder')
     for split in ('train', 'val'):
-        if not label_files(args.src, split):
+        files = label_files(args.src, split)
+        if not files:
             parser.error(f'no *{LABELS} in {args.src / "gtFine" / split}')
+        image = image_of(files[0], args)
+        if not image.is_file():
+            parser.error(f'no image {image}; see --img-suffix')
     if args.size < 1 or args.per_class < 1:
         parser.error('--size and --per-class must be positive')
     return args
@@ -45,6 +49,12 @@ def parse_args() -> argparse.Namespace:
 
 def label_files(src: Path, split: str) -> list[Path]:
     return sorted((src / 'gtFine' / split).rglob('*' + LABELS))
+
+
+def image_of(label: Path, args: argparse.Namespace) -> Path:
+    scene = label.relative_to(args.src / 'gtFine').parent
+    name = label.name.removesuffix(LABELS) + args.img_suffix
+    return args.src / 'leftImg8bit' / scene / name
 
 
 def read(path: Path, flags: int) -> np.ndarray:
@@ -71,9 +81,7 @@ def cut(args: argparse.Namespace, split: str, number: int) -> None:
     half = args.size // 2
     for file in mmengine.track_iter_progress(sorted(picks)):
         label = read(file, cv2.IMREAD_UNCHANGED)
-        scene = file.relative_to(args.src / 'gtFine').parent
-        stem = file.name.removesuffix(LABELS)
-        path = args.src / 'leftImg8bit' / scene / (stem + args.img_suffix)
+        path = image_of(file, args)
         image = read(path, cv2.IMREAD_COLOR)
         if image.shape[:2] != label.shape:
             raise SystemExit(f'{path} is of size {image.shape[:2]}, its label {label.shape}')
@@ -83,7 +91,7 @@ def cut(args: argparse.Namespace, split: str, number: int) -> None:
             i = rng.integers(len(ys))
             crop = image[ys[i]:ys[i] + args.size, xs[i]:xs[i] + args.size]
             # Names of files may recur in other cities.
-            name = '_'.join([*scene.parts[1:], stem, f'{k}.png'])
+            name = f'{file.parent.name}_{file.name.removesuffix(LABELS)}_{k}.png'
             if not cv2.imwrite(str(args.dst / split / names[index] / name), crop):
                 raise SystemExit(f'{args.dst / split / names[index] / name} cannot be written')
     print(f'\n{args.dst / split}: {number} crops of each of {len(holders)} classes, out of '

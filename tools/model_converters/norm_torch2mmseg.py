@@ -19,9 +19,13 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.exit(1, f'{error}\n')
     print(f'{args.src} is KNResNet-{depth}; written to {path}')
-    if not args.classifier:
-        print(f"model = dict(backbone=dict(depth={depth}, init_cfg=dict(type='Pretrained', "
-              f'checkpoint={str(path)!r})))')
+    if args.classifier:
+        print(f'net.load_state_dict(torch.load({str(path)!r})["state_dict"])')
+    else:
+        print(f"In model.backbone: depth={depth}, init_cfg=dict(type='Pretrained', "
+              f'checkpoint={str(path)!r})')
+        print('or: --cfg-options model.backbone.init_cfg.type=Pretrained '
+              f'model.backbone.init_cfg.checkpoint={path}')
 
 
 if __name__ == '__main__':
