@@ -86,12 +86,12 @@ def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
     """
     keys = {str(name).removeprefix('module.') for name in state_dict}
     if 'block0.0.weight' in keys:
-        return min(DEPTHS, key=lambda depth: len(keys ^ set(_names(depth))))
+        return min(DEPTHS, key=lambda depth: len(keys ^ _names(depth).keys()))
     remedy = "norm-torch's checkpoints of KNResNet-18, 34 and 50 can be converted"
-    if any(str(key).endswith('running_mean') for key in keys):
+    if any(key.endswith('running_mean') for key in keys):
         raise ValueError('the weights have running statistics, so they are those of a BatchNorm '
                          f'network; only {remedy}')
-    if any(str(key).endswith('stem.weight') for key in keys):
+    if any(key.endswith('stem.weight') for key in keys):
         raise ValueError('the weights are those of a KNResNet of mmseg_kn already; they need no '
                          'conversion')
     raise ValueError(f'no key block0.0.weight among {len(keys)}: {_few(list(state_dict))}; only '

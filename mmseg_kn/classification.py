@@ -20,8 +20,9 @@ class KNResNetCls(Trunk):
     """KNResNet as a backbone of image classifiers, mmpretrain's ``ImageClassifier`` above all.
 
     After the stages, depths 18 and 34 have a tail: max pool 2/2, relu, KNConv 2x2 to 512
-    channels. The output passes KernelNorm 1x1, with five times the dropout, and relu. Its
-    checkpoints fit :class:`mmseg_kn.KNResNet`, whose keys are the same but for the tail's.
+    channels. The output passes KernelNorm 1x1, with five times the dropout, and relu. But for
+    those of low resolution, whose stem is another, its checkpoints fit
+    :class:`mmseg_kn.KNResNet`, whose keys are the same without the tail's.
 
     Args:
         depth: 18, 34, 50 or 101.
