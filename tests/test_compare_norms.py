@@ -115,6 +115,19 @@ def test_rescaling_follows_the_shipped_schedules(tool):
         assert cfg.default_hooks.checkpoint == shipped.default_hooks.checkpoint
 
 
+def test_each_cell_has_settings_of_its_own(tool):
+    configs = {KN: Config.fromfile(ROOT / f'configs/deeplabv3/{KN}.py')}
+    cells = tool.grid(configs, [1, 2, 8], [0, 1], Path('work'))
+    assert [(batch, seed) for _, batch, seed, _, _ in cells] == [
+        (1, 0), (2, 0), (8, 0), (1, 1), (2, 1), (8, 1)]
+    for _, batch, seed, folder, cfg in cells:
+        assert cfg.train_dataloader.batch_size == batch and cfg.randomness == dict(seed=seed)
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(.01 * batch / 2)
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[0].end == 800 // batch
+        assert folder.name.startswith(f'b{batch}_s{seed}-')
+    assert len({folder for *_, folder, _ in cells}) == 6
+
+
 def test_p_value(tool):
     # Student's distribution: two degrees of freedom have 4.303 as their 97.5 % quantile
     for t, p in ((4.3027, .05), (9.9248, .01)):

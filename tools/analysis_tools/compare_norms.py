@@ -15,6 +15,7 @@ eta_min, and every interval): each cell sees as many images.
 In --work-dir: results.csv (a line for each cell), table.md, figures.png.
 """
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -108,6 +109,20 @@ def folder_of(cfg: Config) -> str:
     settings = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
     digits = hashlib.sha256(settings.encode()).hexdigest()[:8]
     return f'b{cfg.train_dataloader.batch_size}_s{cfg.randomness.seed}-{digits}'
+
+
+def grid(configs: dict[str, Config], batch_sizes: list[int] | None, seeds: list[int],
+         work_dir: Path) -> list[tuple[str, int, int, Path, Config]]:
+    """(name, batch size, seed, folder, config) of each cell, seed by seed."""
+    cells = []
+    for seed in seeds:
+        for name, base in configs.items():
+            for batch in batch_sizes or [base.train_dataloader.batch_size]:
+                cfg = copy.deepcopy(base)  # Config.copy() shares what is nested
+                rescale(cfg, batch)
+                cfg.randomness = dict(seed=seed)
+                cells.append((name, batch, seed, work_dir / name / folder_of(cfg), cfg))
+    return cells
 
 
 def run(cell: Path, cfg: Config) -> dict:
@@ -269,14 +284,7 @@ def main() -> None:
     # As Ctrl-C does, so that no training is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     configs = {Path(path).stem: load(path, args) for path in args.configs}
-    cells = []
-    for seed in args.seeds:
-        for name, cfg in configs.items():
-            for batch in args.batch_sizes or [cfg.train_dataloader.batch_size]:
-                cfg = configs[name].copy()
-                rescale(cfg, batch)
-                cfg.randomness = dict(seed=seed)
-                cells.append((name, batch, seed, args.work_dir / name / folder_of(cfg), cfg))
+    cells = grid(configs, args.batch_sizes, args.seeds, args.work_dir)
 
     def kept(cell: Path) -> dict | None:
         file = cell / 'result.json'
