@@ -52,6 +52,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('configs', nargs='+', help='differences are to the first')
     parser.add_argument('--batch-sizes', nargs='+', type=int,
                         help="images an iteration; by default each config's own")
+    parser.add_argument('--lrs', nargs='+', type=float,
+                        help="a learning rate for each config, at its own batch size; by default "
+                        'that of the config')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2],
                         help='(%(default)s)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare_norms'),
@@ -69,6 +72,9 @@ def parse_args() -> argparse.Namespace:
     names = [Path(path).stem for path in args.configs]
     if len(set(names)) < len(names):
         parser.error(f'the configs must have different names, got {names}')
+    if args.lrs and len(args.lrs) != len(args.configs):
+        parser.error(f'--lrs takes one learning rate for each of the {len(args.configs)} configs, '
+                     f'got {len(args.lrs)}')
     if any(n < 1 for n in args.batch_sizes or []):
         parser.error(f'batch sizes must be positive, got {args.batch_sizes}')
     return args
@@ -284,6 +290,8 @@ def main() -> None:
     # As Ctrl-C does, so that no training is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     configs = {Path(path).stem: load(path, args) for path in args.configs}
+    for cfg, lr in zip(configs.values(), args.lrs or [], strict=False):
+        cfg.optim_wrapper.optimizer.lr = lr
     cells = grid(configs, args.batch_sizes, args.seeds, args.work_dir)
 
     def kept(cell: Path) -> dict | None:
