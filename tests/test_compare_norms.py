@@ -3,7 +3,6 @@ import importlib.util
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -128,13 +127,26 @@ def test_each_cell_has_settings_of_its_own(tool):
     assert len({folder for *_, folder, _ in cells}) == 6
 
 
-def test_p_value(tool):
-    # Student's distribution: two degrees of freedom have 4.303 as their 97.5 % quantile
-    for t, p in ((4.3027, .05), (9.9248, .01)):
-        x = [-1., 0., 1.]
-        shift = t * statistics.stdev(x) / 3**.5
-        assert tool.p_value([v + shift for v in x]) == pytest.approx(p, rel=1e-3)
-    assert tool.p_value([0., 0.]) == 1 and tool.p_value([2., 2.]) == 0
+def test_the_table_pairs_seeds(tool):
+    def cell(miou):
+        return dict(miou=[(1, miou)], loss=[(1, 1.)], iteration_seconds=.5, gpu_mib=0,
+                    resident_mib=7)
+
+    groups = {('a', 2): {0: cell(30.), 1: cell(31.), 2: cell(33.)},
+              ('b', 2): {0: cell(20.), 1: cell(22.), 2: cell(26.)},
+              ('c', 2): {0: dict(error='no | room'), 1: cell(29.)}}
+    text = tool.table(groups, dict.fromkeys(groups, .01), dict.fromkeys('abc', (12., 3.)), 'a')
+    rows = text.splitlines()[2:]
+    assert rows[0] == '| a | 2 | 0.01 | 31.3 ± 1.5 | 30.0, 31.0, 33.0 |  | 4.00 | 7 | 12.0 | 3.0 |'
+    # differences -10, -9, -7: t = -9.83 with two degrees of freedom
+    assert '| 22.7 ± 3.1 | 20.0, 22.0, 26.0 | -8.7 (p = 0.01) |' in rows[1]
+    assert '| 29.0 failed: no / room | 29.0 | -2.0 |' in rows[2]
+
+
+def test_labels_are_what_names_do_not_share(tool):
+    assert tool.short(['fcn_r18-d8_camvid', 'fcn_r18-gn-d8_camvid']) == {
+        'fcn_r18-d8_camvid': 'r18-d8', 'fcn_r18-gn-d8_camvid': 'r18-gn-d8'}
+    assert tool.short(['fcn_r18']) == {'fcn_r18': 'fcn_r18'}
 
 
 def test_an_epoch_schedule_is_refused(tool, tmp_path):
