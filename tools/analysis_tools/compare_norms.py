@@ -5,8 +5,8 @@ own, whose name ends in a hash of its whole config. Cells that have finished are
 killed goes on from its last checkpoint, and one that fails is reported as failed.
 
 From a config's own batch size B0, batch size B takes lr * B / B0 and iterations * B0 / B (likewise
-eta_min, and every interval): each cell sees as many images. --lrs gives each config
-a learning rate of its own, for a comparison of each at its best.
+eta_min, and every interval): each cell sees as many images. --lrs gives each config a learning
+rate of its own, for a comparison of each at its best.
 
     CAMVID=1xb2-400_camvid-160x160
     python tools/analysis_tools/compare_norms.py \\
@@ -190,7 +190,7 @@ def complexity(cfg: Config) -> tuple[float, float]:
 
 def table(groups: dict, lrs: dict, sizes: dict, first: str) -> str:
     lines = ['| config | batch size | lr | mIoU | of each seed | to the first, paired | '
-             'images/s | peak MiB | parameters, M | GMAC |', '|---|---|---|---|---|---|---|---|---|---|']
+             'images/s | peak MiB | parameters, M | GMAC |', '|---' * 10 + '|']
     for (name, batch), cells in groups.items():
         parameters, macs = sizes[name]
         done = {seed: r for seed, r in cells.items() if 'error' not in r}
