@@ -106,11 +106,8 @@ def main() -> None:
     for module in model.modules():
         if isinstance(module, (KernelNorm2d, KNConv2d)):
             module.impl = 'fused'  # triton needs a GPU
-    try:
-        backbone, of_backbone = count(model, lambda: model.extract_feat(image))
-        whole, of_whole = count(model, lambda: model(image, mode='tensor'))
-    except ValueError as error:
-        raise SystemExit(f'{args.shape[0]} x {args.shape[1]} pixels do not fit: {error}') from None
+    backbone, of_backbone = count(model, lambda: model.extract_feat(image))
+    whole, of_whole = count(model, lambda: model(image, mode='tensor'))
 
     rows = [('backbone', parameters(model.backbone), backbone, of_backbone.total()),
             ('decode_head', parameters(model.decode_head), whole - backbone,
