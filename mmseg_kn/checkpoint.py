@@ -140,8 +140,7 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
 
     Args:
         src: File of norm-torch, its weights under ``model``; or a bare state dict.
-        dst: File to write, ``NAME.pth``; it is called ``NAME-HASH.pth``, with the first eight
-            digits of its own SHA-256. Its folder is made if need be.
+        dst: File to write, see :func:`save_with_hash`.
         classifier: See :func:`convert_norm_torch`.
 
     Returns:
@@ -151,9 +150,7 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
         ValueError: The source is damaged, holds more than plain data, or does not convert.
         FileNotFoundError: There is no source.
     """
-    src, dst = Path(src).expanduser(), Path(dst).expanduser()
-    if dst.suffix != '.pth':
-        raise ValueError(f'the name of a checkpoint ends in .pth, got {dst}')
+    src = Path(src).expanduser()
     # The one class that their files hold and torch does not allow.
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = load_from_local(str(src), map_location='cpu')
@@ -176,8 +173,28 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
 
     depth = norm_torch_depth(state_dict)
     meta = dict(source_sha256=_sha256(src), depth=depth, mmseg_kn_version=__version__)
+    return save_with_hash(dict(meta=meta, state_dict=weights), dst), depth
+
+
+def save_with_hash(checkpoint: dict, dst: str | Path) -> Path:
+    """Saves a checkpoint all at once, under a name that tells its contents.
+
+    Args:
+        checkpoint: What to save.
+        dst: File to write, ``NAME.pth``; it is called ``NAME-HASH.pth``, with the first eight
+            digits of its own SHA-256. Its folder is made if need be.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: ``dst`` does not end in ``.pth``.
+    """
+    dst = Path(dst).expanduser()
+    if dst.suffix != '.pth':
+        raise ValueError(f'the name of a checkpoint ends in .pth, got {dst}')
     buffer = io.BytesIO()
-    torch.save(dict(meta=meta, state_dict=weights), buffer)
+    torch.save(checkpoint, buffer)
     digits = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
     path = dst.with_name(f'{dst.stem}-{digits}.pth')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +207,7 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
     except BaseException:
         os.unlink(part)
         raise
-    return path, depth
+    return path
 
 
 def _sha256(path: Path) -> str:

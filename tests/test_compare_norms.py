@@ -3,7 +3,6 @@ import importlib.util
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -115,13 +114,39 @@ def test_rescaling_follows_the_shipped_schedules(tool):
         assert cfg.default_hooks.checkpoint == shipped.default_hooks.checkpoint
 
 
-def test_p_value(tool):
-    # Student's distribution: two degrees of freedom have 4.303 as their 97.5 % quantile
-    for t, p in ((4.3027, .05), (9.9248, .01)):
-        x = [-1., 0., 1.]
-        shift = t * statistics.stdev(x) / 3**.5
-        assert tool.p_value([v + shift for v in x]) == pytest.approx(p, rel=1e-3)
-    assert tool.p_value([0., 0.]) == 1 and tool.p_value([2., 2.]) == 0
+def test_each_cell_has_settings_of_its_own(tool):
+    configs = {KN: Config.fromfile(ROOT / f'configs/deeplabv3/{KN}.py')}
+    cells = tool.grid(configs, [1, 2, 8], [0, 1], Path('work'))
+    assert [(batch, seed) for _, batch, seed, _, _ in cells] == [
+        (1, 0), (2, 0), (8, 0), (1, 1), (2, 1), (8, 1)]
+    for _, batch, seed, folder, cfg in cells:
+        assert cfg.train_dataloader.batch_size == batch and cfg.randomness == dict(seed=seed)
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(.01 * batch / 2)
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[0].end == 800 // batch
+        assert folder.name.startswith(f'b{batch}_s{seed}-')
+    assert len({folder for *_, folder, _ in cells}) == 6
+
+
+def test_the_table_pairs_seeds(tool):
+    def cell(miou):
+        return dict(miou=[(1, miou)], loss=[(1, 1.)], iteration_seconds=.5, gpu_mib=0,
+                    resident_mib=7)
+
+    groups = {('a', 2): {0: cell(30.), 1: cell(31.), 2: cell(33.)},
+              ('b', 2): {0: cell(20.), 1: cell(22.), 2: cell(26.)},
+              ('c', 2): {0: dict(error='no | room'), 1: cell(29.)}}
+    text = tool.table(groups, dict.fromkeys(groups, .01), dict.fromkeys('abc', (12., 3.)), 'a')
+    rows = text.splitlines()[2:]
+    assert rows[0] == '| a | 2 | 0.01 | 31.3 ± 1.5 | 30.0, 31.0, 33.0 |  | 4.00 | 7 | 12.0 | 3.0 |'
+    # differences -10, -9, -7: t = -9.83 with two degrees of freedom
+    assert '| 22.7 ± 3.1 | 20.0, 22.0, 26.0 | -8.7 (p = 0.01) |' in rows[1]
+    assert '| 29.0 failed: no / room | 29.0 | -2.0 |' in rows[2]
+
+
+def test_labels_are_what_names_do_not_share(tool):
+    assert tool.short(['fcn_r18-d8_camvid', 'fcn_r18-gn-d8_camvid']) == {
+        'fcn_r18-d8_camvid': 'r18-d8', 'fcn_r18-gn-d8_camvid': 'r18-gn-d8'}
+    assert tool.short(['fcn_r18']) == {'fcn_r18': 'fcn_r18'}
 
 
 def test_an_epoch_schedule_is_refused(tool, tmp_path):

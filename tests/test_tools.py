@@ -19,7 +19,7 @@ SHORT = ['train_cfg.max_iters=4', 'train_cfg.val_interval=4', 'param_scheduler.0
          'train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0',
          'val_dataloader.persistent_workers=False', 'test_dataloader.num_workers=0',
          'test_dataloader.persistent_workers=False', 'model.data_preprocessor.size=(64,128)',
-         'randomness.seed=0']
+         'randomness.seed=0', 'custom_hooks.0.interval=2']
 
 
 @pytest.fixture(scope='module')
@@ -53,6 +53,7 @@ def trained(tmp_path_factory, options):
 def test_train_resume_and_validate(trained):
     scalars = [f.read_text() for f in trained.glob('*/vis_data/scalars.json')]
     assert any('"mIoU"' in text for text in scalars)
+    assert all('"stem_signal"' in text for text in scalars)
     assert (trained / 'iter_4.pth').is_file()
 
 

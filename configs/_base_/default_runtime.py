@@ -14,3 +14,6 @@ load_from = None
 resume = False
 
 tta_model = dict(type='SegTTAModel')
+
+# logs stem_signal, and warns if the stem of a KernelNorm network is lost
+custom_hooks = [dict(type='StemSignalHook')]

@@ -5,7 +5,8 @@ own, whose name ends in a hash of its whole config. Cells that have finished are
 killed goes on from its last checkpoint, and one that fails is reported as failed.
 
 From a config's own batch size B0, batch size B takes lr * B / B0 and iterations * B0 / B (likewise
-eta_min, and every interval): each cell sees as many images.
+eta_min, and every interval): each cell sees as many images. --lrs gives each config a learning
+rate of its own, for a comparison of each at its best.
 
     CAMVID=1xb2-400_camvid-160x160
     python tools/analysis_tools/compare_norms.py \\
@@ -15,10 +16,10 @@ eta_min, and every interval): each cell sees as many images.
 In --work-dir: results.csv (a line for each cell), table.md, figures.png.
 """
 import argparse
+import copy
 import csv
 import hashlib
 import json
-import math
 import os
 import signal
 import statistics
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
+from scipy.stats import ttest_1samp
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmseg_kn
@@ -51,6 +53,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('configs', nargs='+', help='differences are to the first')
     parser.add_argument('--batch-sizes', nargs='+', type=int,
                         help="images an iteration; by default each config's own")
+    parser.add_argument('--lrs', nargs='+', type=float,
+                        help="a learning rate for each config, at its own batch size; by default "
+                        'that of the config')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2],
                         help='(%(default)s)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare_norms'),
@@ -68,6 +73,9 @@ def parse_args() -> argparse.Namespace:
     names = [Path(path).stem for path in args.configs]
     if len(set(names)) < len(names):
         parser.error(f'the configs must have different names, got {names}')
+    if args.lrs and len(args.lrs) != len(args.configs):
+        parser.error(f'--lrs takes one learning rate for each of the {len(args.configs)} configs, '
+                     f'got {len(args.lrs)}')
     if any(n < 1 for n in args.batch_sizes or []):
         parser.error(f'batch sizes must be positive, got {args.batch_sizes}')
     return args
@@ -108,6 +116,20 @@ def folder_of(cfg: Config) -> str:
     settings = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
     digits = hashlib.sha256(settings.encode()).hexdigest()[:8]
     return f'b{cfg.train_dataloader.batch_size}_s{cfg.randomness.seed}-{digits}'
+
+
+def grid(configs: dict[str, Config], batch_sizes: list[int] | None, seeds: list[int],
+         work_dir: Path) -> list[tuple[str, int, int, Path, Config]]:
+    """(name, batch size, seed, folder, config) of each cell, seed by seed."""
+    cells = []
+    for seed in seeds:
+        for name, base in configs.items():
+            for batch in batch_sizes or [base.train_dataloader.batch_size]:
+                cfg = copy.deepcopy(base)  # Config.copy() shares what is nested
+                rescale(cfg, batch)
+                cfg.randomness = dict(seed=seed)
+                cells.append((name, batch, seed, work_dir / name / folder_of(cfg), cfg))
+    return cells
 
 
 def run(cell: Path, cfg: Config) -> dict:
@@ -166,22 +188,9 @@ def complexity(cfg: Config) -> tuple[float, float]:
     return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
 
 
-def p_value(differences: list[float]) -> float:
-    """Of Student's paired t-test, two-sided."""
-    n = len(differences)
-    spread = statistics.stdev(differences)
-    if spread == 0:
-        return float(not any(differences))
-    t, nu = abs(statistics.mean(differences)) / spread * n**.5, n - 1
-    x = np.linspace(0, t, 20001)
-    factor = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / (nu * math.pi)**.5
-    y = factor * (1 + x * x / nu)**(-(nu + 1) / 2)
-    return max(0., 1 - 2 * float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum()))
-
-
-def table(groups: dict, sizes: dict, first: str) -> str:
-    lines = ['| config | batch size | mIoU | of each seed | to the first, paired | images/s | '
-             'peak MiB | parameters, M | GMAC |', '|---|---|---|---|---|---|---|---|---|']
+def table(groups: dict, lrs: dict, sizes: dict, first: str) -> str:
+    lines = ['| config | batch size | lr | mIoU | of each seed | to the first, paired | '
+             'images/s | peak MiB | parameters, M | GMAC |', '|---' * 10 + '|']
     for (name, batch), cells in groups.items():
         parameters, macs = sizes[name]
         done = {seed: r for seed, r in cells.items() if 'error' not in r}
@@ -198,25 +207,41 @@ def table(groups: dict, sizes: dict, first: str) -> str:
         if name != first and pairs:
             paired = f'{statistics.mean(pairs):+.1f}'
             if len(pairs) > 1:
-                paired += f' (p = {p_value(pairs):.2g})'
+                paired += f' (p = {ttest_1samp(pairs, 0).pvalue:.2g})'
         speed, memory = '', ''
         if done:
             speed = statistics.median(batch / r['iteration_seconds'] for r in done.values())
             speed = f'{speed:.2f}'
             memory = max(r['gpu_mib'] or r['resident_mib'] for r in done.values())
-        lines.append(f'| {name} | {batch} | {miou.strip()} | '
+        lines.append(f'| {name} | {batch} | {lrs[name, batch]:.4g} | {miou.strip()} | '
                      f'{", ".join(f"{v:.1f}" for v in values)} | {paired} | {speed} | {memory} | '
                      f'{parameters:.1f} | {macs:.1f} |')
     return '\n'.join(lines) + '\n'
 
 
+def short(names: list[str]) -> dict[str, str]:
+    """Labels: what mmseg's config names, split at '_', do not all share."""
+    parts = {name: name.split('_') for name in names}
+    common = set.intersection(*map(set, parts.values()))
+    return {name: '_'.join(p for p in parts[name] if p not in common) or name for name in names}
+
+
+def draw_curves(ax: plt.Axes, curves: list[list], scale: float, **style) -> None:
+    """Mean over seeds, and as a band the range, of curves [(iteration, value), ...]."""
+    steps = [step for step, _ in curves[0]]
+    values = np.array([[v for step, v in curve if step in steps] for curve in curves])
+    x = np.array(steps) * scale
+    ax.plot(x, values.mean(0), marker='.', lw=1.2, **style)
+    ax.fill_between(x, values.min(0), values.max(0), color=style['color'], alpha=.12, lw=0)
+
+
 def draw(groups: dict, path: Path) -> None:
     plt.switch_backend('Agg')  # needs no screen
     fig, (by_batch, by_image, by_time) = plt.subplots(1, 3, figsize=(15, 4.5))
-    names = list(dict.fromkeys(name for name, _ in groups))
+    labels = short(list(dict.fromkeys(name for name, _ in groups)))
     batches = sorted({batch for _, batch in groups})
     styles = dict(zip(batches, ['-', '--', ':', '-.'] * len(batches), strict=False))
-    for k, name in enumerate(names):
+    for k, (name, label) in enumerate(labels.items()):
         points = []
         for batch in batches:
             done = [r for r in groups.get((name, batch), {}).values() if 'error' not in r]
@@ -225,32 +250,31 @@ def draw(groups: dict, path: Path) -> None:
             finals = [r['miou'][-1][1] for r in done]
             points.append((batch, statistics.mean(finals),
                            statistics.stdev(finals) if len(finals) > 1 else 0))
-            label = f'{name}, batch {batch}'
-            style = dict(color=f'C{k}', ls=styles[batch], lw=1, label=label)
-            for i, r in enumerate(done):
-                style['label'] = label if i == 0 else None
-                steps, miou = zip(*r['miou'], strict=True)
-                by_image.plot([s * batch for s in steps], miou, marker='.', **style)
-                steps, loss = zip(*r['loss'], strict=True)
-                by_time.plot([s * r['iteration_seconds'] / 60 for s in steps], loss, **style)
+            style = dict(color=f'C{k}', ls=styles[batch])
+            draw_curves(by_image, [r['miou'] for r in done], batch, **style)
+            minutes = statistics.median(r['iteration_seconds'] for r in done) / 60
+            draw_curves(by_time, [r['loss'] for r in done], minutes, **style)
         if points:
             x, y, error = zip(*points, strict=True)
-            by_batch.errorbar(x, y, error, marker='o', capsize=3, color=f'C{k}', label=name)
+            by_batch.errorbar(x, y, error, marker='o', capsize=3, color=f'C{k}', label=label)
     by_batch.set(xscale='log', xlabel='batch size', ylabel='mIoU', xticks=batches,
                  xticklabels=batches, title='mean and standard deviation over seeds')
     by_batch.minorticks_off()
-    by_image.set(xlabel='images seen (iterations x batch size)', ylabel='validation mIoU')
-    by_time.set(xlabel='minutes of training', ylabel='training loss', yscale='log')
-    by_batch.legend(fontsize=7)
-    by_image.legend(fontsize=5)
+    by_image.set(xlabel='images seen (iterations x batch size)', ylabel='validation mIoU',
+                 title='mean and range over seeds')
+    by_time.set(xlabel='minutes of training', ylabel='training loss', yscale='log',
+                title='mean and range over seeds')
+    by_batch.legend()
+    by_image.legend(handles=[plt.Line2D([], [], color='k', ls=styles[b], label=f'batch {b}')
+                             for b in batches])
     fig.tight_layout()
     fig.savefig(path, dpi=110)
 
 
-def write_csv(groups: dict, path: Path) -> None:
+def write_csv(groups: dict, lrs: dict, path: Path) -> None:
     with open(path, 'w', newline='') as file:
         writer = csv.writer(file)
-        writer.writerow(['config', 'batch_size', 'seed', 'mIoU', 'images_per_s', 'gpu_mib',
+        writer.writerow(['config', 'batch_size', 'lr', 'seed', 'mIoU', 'images_per_s', 'gpu_mib',
                          'resident_mib', 'seconds', 'error', 'torch', 'device'])
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
                   f'CPU, {torch.get_num_threads()} threads')
@@ -258,7 +282,7 @@ def write_csv(groups: dict, path: Path) -> None:
             for seed, r in cells.items():
                 good = 'error' not in r
                 writer.writerow([
-                    name, batch, seed, r['miou'][-1][1] if good else '',
+                    name, batch, lrs[name, batch], seed, r['miou'][-1][1] if good else '',
                     f'{batch / r["iteration_seconds"]:.3f}' if good else '',
                     r['gpu_mib'] if good else '', r['resident_mib'], r['seconds'],
                     r.get('error', ''), torch.__version__, device])
@@ -269,14 +293,9 @@ def main() -> None:
     # As Ctrl-C does, so that no training is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     configs = {Path(path).stem: load(path, args) for path in args.configs}
-    cells = []
-    for seed in args.seeds:
-        for name, cfg in configs.items():
-            for batch in args.batch_sizes or [cfg.train_dataloader.batch_size]:
-                cfg = configs[name].copy()
-                rescale(cfg, batch)
-                cfg.randomness = dict(seed=seed)
-                cells.append((name, batch, seed, args.work_dir / name / folder_of(cfg), cfg))
+    for cfg, lr in zip(configs.values(), args.lrs or [], strict=False):
+        cfg.optim_wrapper.optimizer.lr = lr
+    cells = grid(configs, args.batch_sizes, args.seeds, args.work_dir)
 
     def kept(cell: Path) -> dict | None:
         file = cell / 'result.json'
@@ -302,9 +321,10 @@ def main() -> None:
         print(f'{title}{outcome} ({note})', flush=True)
 
     sizes = {name: complexity(cfg) for name, cfg in configs.items()}
-    text = table(groups, sizes, next(iter(configs)))
+    lrs = {(name, batch): cfg.optim_wrapper.optimizer.lr for name, batch, _, _, cfg in cells}
+    text = table(groups, lrs, sizes, next(iter(configs)))
     (args.work_dir / 'table.md').write_text(text)
-    write_csv(groups, args.work_dir / 'results.csv')
+    write_csv(groups, lrs, args.work_dir / 'results.csv')
     draw(groups, args.work_dir / 'figures.png')
     print(f'\n{text}\n{args.work_dir}: results.csv, table.md, figures.png '
           f'(mmseg_kn {mmseg_kn.__version__}, torch {torch.__version__})')
