@@ -231,3 +231,11 @@ def test_mmseg_builds_it_with_our_layers():
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         KNResNet(**options)
+
+
+@pytest.mark.parametrize('depth', (18, 50))
+def test_the_stem_starts_at_the_scale_of_what_follows(depth):
+    torch.manual_seed(0)
+    net = KNResNet(depth, out_indices=(0, ))
+    # windows divide by it: sqrt(2) at fan in, 0.3 and 0.15 at fan out
+    assert 1 < net.stem(torch.rand(1, 3, 64, 64)).std() < 2
