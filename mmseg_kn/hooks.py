@@ -26,8 +26,8 @@ class StemSignalHook(Hook):
 
     Too large a step can throw the stem's bias so far that the stem puts out next to the same
     vector at every position. The layers above go on training on what is left, so that nothing
-    but a low mIoU shows it. The stem is the model's first ``KNConv2d``; a model without one
-    is left alone.
+    but a low mIoU shows it (docs/stability.md). The stem is the model's first ``KNConv2d``; a
+    model without one is left alone.
 
     Args:
         interval: Iterations between two measurements.

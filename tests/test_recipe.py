@@ -1,4 +1,4 @@
-"""The shipped training recipe keeps the stem's bias in place where constant regions would throw it.
+"""The shipped recipe keeps the stem's bias in place where constant regions would throw it.
 
 A region of constant colour leaves the stem as a constant, so the next layer's windows have
 next to no variance and pass its gradient on 316 times larger. One unclipped step then throws
