@@ -23,7 +23,8 @@ test: $(VENV)/.installed
 
 # The same plugin on the maintained fork, which owns the same import names.
 test-onedl: $(VENV)-onedl/.installed
-	$(VENV)-onedl/bin/python -m pytest tests/test_compat.py tests/test_tools.py
+	$(VENV)-onedl/bin/python -m pytest tests/test_compat.py tests/test_tools.py \
+	    tests/test_analysis_tools.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
