@@ -49,6 +49,7 @@ class StemSignalHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if self.stem is not None and self.every_n_train_iters(runner, self.interval):
+            self.share = None
             self.handle = self.stem.register_forward_hook(self._measure)
 
     def _measure(self, module, args, output) -> None:
@@ -59,6 +60,8 @@ class StemSignalHook(Hook):
             return
         self.handle.remove()
         self.handle = None
+        if self.share is None:  # a compiled model calls no hook that came after its compilation
+            return
         runner.message_hub.update_scalar('train/stem_signal', self.share)
         lost = self.share < self.threshold
         if lost and not self.lost:

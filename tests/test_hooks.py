@@ -74,6 +74,16 @@ def test_leaves_other_models_alone(runner):
     assert hook.share is None
 
 
+def test_a_compiled_model_trains_on(runner):
+    model, runner.model = runner.model, torch.compile(runner.model, backend='eager')
+    runner.model(torch.rand(2, 3, 16, 16))  # compiled before the hook comes
+    hook = StemSignalHook(interval=1)
+    hook.before_train(runner)
+    for _ in range(2):
+        iterate(hook, runner)
+    assert not model[0]._forward_hooks
+
+
 def test_bad_arguments():
     for kwargs in (dict(interval=0), dict(threshold=1), dict(threshold=-.1)):
         with pytest.raises(ValueError, match='interval must be at least 1 and threshold in'):

@@ -70,7 +70,7 @@ class Probe(Hook):
 
     def before_train(self, runner) -> None:
         for name, layer in runner.model.named_modules():
-            if isinstance(layer, KNConv2d):
+            if isinstance(layer, KNConv2d) and layer.weight.requires_grad:  # not frozen
                 layer.register_forward_hook(self.forward_hook(name))
                 layer.weight.register_hook(
                     lambda grad, name=name: self.gradient[name].append(grad.norm().item()))
@@ -121,7 +121,7 @@ def main() -> None:
 
     names = list(next(iter(probes.values())).flat)
     if not names:
-        raise SystemExit(f'{args.config} has no KNConv')
+        raise SystemExit(f'{args.config} has no KNConv that trains')
     width = max(map(len, names))
     print(f'{"":{width}}   flat  gradient: first  largest     last  signal: first  last')
     for name in names:
