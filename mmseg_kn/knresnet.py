@@ -231,7 +231,8 @@ class KNResNet(Trunk):
 
     No layer sees another sample of the batch, in training or evaluation: it trains with one
     image per GPU, and there is nothing to synchronize or to freeze. The dilated network
-    computes what the strided one computes, at more positions.
+    computes what the strided one computes, at more positions. Weights start Kaiming normal: the
+    stem at fan in, all others at fan out as the authors have them.
 
     Args:
         depth: 18, 34, 50 or 101.
@@ -287,8 +288,8 @@ class KNResNet(Trunk):
                          frozen_stages, with_cp, dropout_p, zero_init_residual, multi_grid,
                          init_cfg)
         # Every window that follows divides by the stem's deviation. At fan out, which the authors
-        # take everywhere, that is 0.2 to 0.3, and the first stage's gradients come out five
-        # times as large as all others.
+        # take everywhere, that is 0.3, and the first stage's gradients come out several times as
+        # large as all others (docs/stability.md).
         nn.init.kaiming_normal_(self.stem.weight, mode='fan_in', nonlinearity='relu')
         self.out_indices = tuple(out_indices)
         channels = ARCHS[depth].channels

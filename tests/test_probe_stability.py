@@ -50,9 +50,9 @@ def test_reports_layers_and_seeds(tmp_path):
             if line.startswith(('backbone.', 'decode_head.', 'auxiliary_head.'))}
     assert list(rows)[0] == 'backbone.stem' and len(rows) == 23
     for row in rows.values():
-        flat, first, largest, end, *signal = map(float, row)
+        flat, first, largest, end, *signal, size, _ = map(float, row)
         assert 0 <= flat <= 1 and max(first, end) <= largest + .01
-        assert all(0 <= share <= 1 for share in signal)
+        assert len(signal) == 2 and all(0 <= share <= 1 for share in signal) and size > 0
     # blocks start as identity: no gradient reaches their first convolution
     assert float(rows['backbone.layer1.0.conv1'][1]) == 0
     assert float(rows['backbone.layer1.0.conv2'][1]) > 0

@@ -7,6 +7,7 @@ Trains a config as it stands, on its own data, and prints for every KNConv
     gradient  norm of the weight's gradient before clipping: at first, at its largest, at last
     signal    share of the output's variance that depends on the position rather than being the
               same everywhere (mmseg_kn.hooks.signal_share): at first, at last
+    size      standard deviation of the output: at first, at last
 
 "At last" is the median of the last five iterations. Medians over the seeds, then a line for each
 seed. Nothing is saved.
@@ -62,11 +63,12 @@ def flat_share(layer: KNConv2d, x: torch.Tensor) -> float:
 
 
 class Probe(Hook):
-    """Records flat windows, gradients and signal of every KNConv, and the loss."""
+    """Records the columns for every KNConv that trains, and the loss."""
 
     def __init__(self) -> None:
-        self.flat, self.signal = defaultdict(list), defaultdict(list)
-        self.gradient, self.loss = defaultdict(list), []
+        self.flat, self.gradient = defaultdict(list), defaultdict(list)
+        self.signal, self.size = defaultdict(list), defaultdict(list)
+        self.loss = []
 
     def before_train(self, runner) -> None:
         for name, layer in runner.model.named_modules():
@@ -79,6 +81,7 @@ class Probe(Hook):
         def record(layer, args, output):
             self.flat[name].append(flat_share(layer, args[0]))
             self.signal[name].append(signal_share(output))
+            self.size[name].append(output.detach().std().item())
         return record
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -108,9 +111,9 @@ def last(values: list[float]) -> float:
 
 def summary(probe: Probe, name: str) -> tuple[float, ...]:
     """The row of a layer."""
-    gradient, signal = probe.gradient[name], probe.signal[name]
+    gradient, signal, size = probe.gradient[name], probe.signal[name], probe.size[name]
     return (max(probe.flat[name]), gradient[0], max(gradient), last(gradient), signal[0],
-            last(signal))
+            last(signal), size[0], last(size))
 
 
 def main() -> None:
@@ -123,12 +126,12 @@ def main() -> None:
     if not names:
         raise SystemExit(f'{args.config} has no KNConv that trains')
     width = max(map(len, names))
-    print(f'{"":{width}}   flat  gradient: first  largest     last  signal: first  last')
+    print(f'{"":{width}}   flat  gradient: first  largest     last  signal: first  last  '
+          'size: first   last')
     for name in names:
         rows = zip(*(summary(probe, name) for probe in probes.values()), strict=True)
-        flat, *gradient, first, end = map(statistics.median, rows)
-        print('{:{}} {:6.3f}  {:15.3f} {:8.2f} {:8.3f}  {:13.2f} {:5.2f}'.format(
-            name, width, flat, *gradient, first, end))
+        print('{:{}} {:6.3f}  {:15.3f} {:8.2f} {:8.3f}  {:13.2f} {:5.2f}  {:11.2f} {:6.2f}'.format(
+            name, width, *map(statistics.median, rows)))
     for seed, probe in probes.items():
         peak, name, i = max((g, name, i) for name, values in probe.gradient.items()
                             for i, g in enumerate(values))
