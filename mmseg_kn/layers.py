@@ -113,6 +113,11 @@ class KNConv2d(nn.Conv2d):
         ValueError: An argument, or the input's shape or dtype, does not fit.
     """
 
+    # Per-sample gradients need the moments of the last forward: privacy/grad_sample.py sets
+    # keep_moments and takes them.
+    keep_moments = False
+    moments = None
+
     def __init__(self,
                  in_channels: int,
                  out_channels: int,
@@ -147,7 +152,6 @@ class KNConv2d(nn.Conv2d):
         self.impl = impl
         self.activation = activation
 
-
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
@@ -155,9 +159,13 @@ class KNConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual``, if given, is added to the output."""
-        return ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
-                             self.dilation, self.groups, self.dropout_p, self.training, self.eps,
-                             self.impl, activation=self.activation, residual=residual)
+        output = ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
+                               self.dilation, self.groups, self.dropout_p, self.training,
+                               self.eps, self.impl, activation=self.activation,
+                               residual=residual, return_moments=self.keep_moments)
+        if self.keep_moments:
+            output, *self.moments = output
+        return output
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}'

@@ -95,7 +95,8 @@ def kn_conv2d(input: Tensor,
               impl: str = 'auto',
               *,
               activation: str | None = None,
-              residual: Tensor | None = None) -> Tensor:
+              residual: Tensor | None = None,
+              return_moments: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Convolution over windows that are each normalized by their own mean and variance.
 
     .. math::
@@ -126,11 +127,14 @@ def kn_conv2d(input: Tensor,
         activation: ``'relu'`` or None, applied to the output: one pass less, and backward keeps
             nothing of the output but what the next layer keeps anyway.
         residual: Added to the output, of its shape; not together with ``activation``.
+        return_moments: Return mean and rstd = (var + eps) ** -0.5 of the units as well, without
+            gradient; per-sample gradients need those that the output was computed with.
 
     Returns:
         (N, out_channels, Ho, Wo), sized as ``torch.nn.functional.conv2d`` does, in the dtype
         of ``input``, or autocast's where autocast is on (a ``residual`` of another
-        promotes). Statistics are float32 or better.
+        promotes). Statistics are float32 or better. With ``return_moments``: output, mean and
+        rstd, (N, Ho, Wo) each; rstd may be 0 where a unit is constant.
 
     Raises:
         ValueError: Shapes, dtypes or options do not fit; the message names the invariant.
@@ -155,14 +159,17 @@ def kn_conv2d(input: Tensor,
     # Implementations take the weight in its own precision: they may centre it first.
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if impl == 'reference':
-            output = reference.kn_conv2d(input, weight, bias, geometry, groups, dropout_p,
-                                         training, eps)
+            output, *moments = reference.kn_conv2d(input, weight, bias, geometry, groups,
+                                                   dropout_p, training, eps)
             output = output if residual is None else output + residual
             output = output.relu() if activation else output
         else:
-            output = closed_form.kn_conv2d(input, weight, bias, geometry, groups, dropout_p,
-                                           training, eps, activation == 'relu', residual, impl)
-    return output if added_after is None else output + added_after
+            output, *moments = closed_form.kn_conv2d(
+                input, weight, bias, geometry, groups, dropout_p, training, eps,
+                activation == 'relu', residual, impl)
+    if added_after is not None:
+        output = output + added_after
+    return (output, *moments) if return_moments else output
 
 
 def kernel_norm2d(input: Tensor,

@@ -325,19 +325,22 @@ def _draw(passes: ModuleType, x: Tensor, dropout_p: float, training: bool) -> Te
 
 def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
               groups: int, dropout_p: float, training: bool, eps: float, relu: bool,
-              residual: Tensor | None, impl: str) -> Tensor:
-    """:func:`mmseg_kn.ops.kn_conv2d` in closed form."""
+              residual: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mmseg_kn.ops.kn_conv2d` in closed form, with moments."""
     if geometry.symmetric_padding is None:
         input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
     x, passes = _like(input, input), _passes(impl)
     dropped = _draw(passes, x, dropout_p, training)
     if _differentiates(x, weight, bias, residual) or _opaque(impl):
-        return _kn_conv2d(x, weight, bias, residual, dropped, geometry.stride,
-                          geometry.symmetric_padding, geometry.dilation, groups, dropout_p,
-                          training, eps, relu, impl)[0]
-    setting = _Setting(x, geometry, dropout_p, training, groups)
-    return _forward(passes, x, weight, bias, residual, dropped, geometry, groups, dropout_p,
-                    setting, eps, relu, keep_z=False)[0]
+        y, mean, rstd, live, *_ = _kn_conv2d(x, weight, bias, residual, dropped, geometry.stride,
+                                             geometry.symmetric_padding, geometry.dilation,
+                                             groups, dropout_p, training, eps, relu, impl)
+    else:
+        setting = _Setting(x, geometry, dropout_p, training, groups)
+        y, _, (mean, rstd, live, _) = _forward(passes, x, weight, bias, residual, dropped,
+                                               geometry, groups, dropout_p, setting, eps, relu,
+                                               keep_z=False)
+    return y, mean, rstd if dropped is not None else rstd * live
 
 
 def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training: bool,

@@ -1,0 +1,27 @@
+# Differentially private SGD, see docs/privacy.md. An iteration is a Poisson
+# batch of train_dataloader.batch_size images on average; it passes through the
+# model in parts.
+_base_ = './schedule_40k.py'
+optimizer = dict(type='SGD', lr=1.0, momentum=0.9, weight_decay=0)
+optim_wrapper = dict(
+    _delete_=True,
+    type='DPOptimWrapper',
+    target_epsilon=8.0,
+    target_delta=1e-5,
+    max_grad_norm=1.0,
+    optimizer=optimizer)
+param_scheduler = [
+    dict(
+        type='PolyLR',
+        eta_min=1e-2,
+        power=0.9,
+        begin=0,
+        end=2000,
+        by_epoch=False)
+]
+train_cfg = dict(
+    type='DPIterBasedTrainLoop',
+    max_iters=2000,
+    val_interval=500,
+    max_physical_batch_size=4)
+default_hooks = dict(checkpoint=dict(interval=500))

@@ -1,0 +1,15 @@
+_base_ = [
+    '../_base_/models/fcn_r50-d8.py',
+    '../_base_/datasets/cityscapes.py',
+    '../_base_/dp_runtime.py', '../_base_/schedules/schedule_dp_2k.py'
+]
+train_dataloader = dict(
+    batch_size=64, batch_sampler=dict(type='PoissonBatchSampler'))
+# 32 groups
+norm_cfg = dict(_delete_=True, type='GN', num_groups=32)
+model = dict(
+    backbone=dict(depth=18, norm_cfg=norm_cfg),
+    decode_head=dict(
+        in_channels=512, channels=128, norm_cfg=norm_cfg),
+    auxiliary_head=dict(
+        in_channels=256, channels=64, norm_cfg=norm_cfg))

@@ -1,0 +1,87 @@
+"""Measures, on real data, whether samples of a batch influence each other's gradients."""
+import copy
+
+import torch
+from torch import Tensor, nn
+
+_TOLERANCE = 1e-3  # of the gradient's norm; what mixes samples changes it by far more
+
+
+def check_batch(model: nn.Module, optim_wrapper, data_batch: dict) -> None:
+    """Refuses a model under which a sample's gradient depends on the rest of the batch.
+
+    The gradient of one sample must not change when its neighbour is another, in training mode
+    and with the same random numbers; the loss of two must be the mean of theirs; and no buffer
+    may change. What :mod:`.checks` does not know by name shows here.
+
+    Args:
+        model: With per-sample gradients attached.
+        optim_wrapper: The ``DPOptimWrapper`` that attached them.
+        data_batch: As the data loader gives it, at least one sample.
+
+    Raises:
+        ValueError: One of the three is violated.
+    """
+    ignore_index = getattr(getattr(model, 'decode_head', None), 'ignore_index', 255)
+    sample, neighbour, other = _three_samples(data_batch, ignore_index)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    a, b = (_first_gradient(model, optim_wrapper, [sample, beside])
+            for beside in (neighbour, other))
+    changed = [name for name, buffer in model.named_buffers()
+               if not torch.equal(buffer, buffers[name])]
+    if changed:
+        raise ValueError(f'not private: a forward pass changed the buffer {changed[0]}, which '
+                         'carries data past the noise; take a layer without running values')
+    influence = ((a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny)).item()
+    if not influence < _TOLERANCE:
+        raise ValueError('not private: the gradient of a sample changed by '
+                         f'{100 * influence:.1f} % when another image stood beside it, so that '
+                         'clipping bounds nothing; look for a layer that mixes samples (any '
+                         'BatchNorm) or a loss that is no mean over samples')
+    losses = [_loss(model, optim_wrapper, batch) for batch in (
+        [sample], [other], [sample, other])]
+    mean = (losses[0] + losses[1]) / 2
+    if not abs(losses[2] - mean) <= 1e-2 * abs(mean) + 1e-6:
+        raise ValueError(f'not private: the loss of two samples, {losses[2]:.4g}, is not the mean '
+                         f'of theirs, {mean:.4g}; take a loss that is a mean over samples')
+
+
+def _three_samples(data_batch: dict, ignore_index: int) -> list[tuple]:
+    """A sample, a neighbour, and that neighbour with another image and fewer labels."""
+    samples = list(zip(data_batch['inputs'], data_batch['data_samples'], strict=True))[:2]
+    samples = (samples + samples)[:2]
+    image, data_sample = copy.deepcopy(samples[1])
+    labels = data_sample.gt_sem_seg.data
+    labels[..., :labels.size(-1) // 2] = ignore_index
+    return [*samples, (image.max() - image.flip(-1), data_sample)]
+
+
+def _forward(model: nn.Module, optim_wrapper, samples: list[tuple]) -> Tensor:
+    inputs, data_samples = zip(*copy.deepcopy(samples), strict=True)  # padding writes to them
+    data = model.data_preprocessor(dict(inputs=list(inputs), data_samples=list(data_samples)),
+                                   True)
+    with optim_wrapper.optim_context(model):
+        return model.parse_losses(model(**data, mode='loss'))[0]
+
+
+def _first_gradient(model: nn.Module, optim_wrapper, samples: list[tuple]) -> Tensor:
+    """Gradient of the first sample over all parameters; its norms, under ghost clipping."""
+    model.train()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(0)
+        _forward(model, optim_wrapper, samples).backward()
+    sampler = optim_wrapper.grad_sampler
+    kept = 'norm_sample' if sampler.norms_only else 'grad_sample'
+    values = [getattr(p, kept) for p in sampler.parameters]
+    gradient = torch.cat([v[0].flatten() for v in values if v is not None])
+    optim_wrapper.zero_grad()
+    return gradient
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, optim_wrapper, samples: list[tuple]) -> float:
+    model.eval()  # without the dropout of training, which differs by batch
+    loss = _forward(model, optim_wrapper, samples).item()
+    model.train()
+    return loss

@@ -1,0 +1,69 @@
+"""Batches as the privacy accounting assumes them: each item is in each with probability q."""
+import math
+import secrets
+from collections.abc import Iterator
+
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.dist import get_dist_info
+from mmengine.registry import DATA_SAMPLERS, FUNCTIONS
+
+
+@DATA_SAMPLERS.register_module()
+class PoissonBatchSampler:
+    """Endless batches of independently drawn items, empty ones included.
+
+    Each item of the dataset is in each batch with probability q = batch_size * world_size / N,
+    whatever else is in it; batch sizes vary accordingly. With several processes each draws from
+    a fixed shard of its own, N the whole dataset. Draws come from a generator seeded by the
+    operating system: who knows the batches has no use for the privacy that sampling gives.
+
+    Args:
+        sampler: Named by mmengine; only its ``dataset`` is used.
+        batch_size: Items in a batch of this process on average, ``train_dataloader.batch_size``.
+
+    Attributes:
+        sample_rate: q.
+
+    Raises:
+        ValueError: The dataset is smaller than a batch of all processes.
+    """
+
+    def __init__(self, sampler, batch_size: int, drop_last: bool = False) -> None:
+        rank, world_size = get_dist_info()
+        num_items = len(sampler.dataset)
+        self.sample_rate = batch_size * world_size / max(num_items, 1)
+        if batch_size < 1 or self.sample_rate > 1:
+            raise ValueError('batch_size must be at least 1 and, times the number of processes, '
+                             f'at most the size of the dataset, {num_items}; got {batch_size} on '
+                             f'{world_size} process(es). Lower train_dataloader.batch_size')
+        self.batch_size = batch_size
+        self.drop_last = False  # read by torch's DataLoader
+        self.sampler = sampler
+        self.shard = torch.arange(rank, num_items, world_size)
+
+    def __len__(self) -> int:
+        """Batches in which an item comes once on average, what mmengine calls an epoch."""
+        return math.ceil(1 / self.sample_rate)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(secrets.randbits(63))
+        while True:
+            drawn = torch.rand(len(self.shard), dtype=torch.float64,
+                               generator=generator) < self.sample_rate
+            yield self.shard[drawn].tolist()
+
+
+@FUNCTIONS.register_module()
+def private_collate(data_batch: list[dict]) -> dict:
+    """mmengine's ``pseudo_collate``, and no images for a batch without items."""
+    return pseudo_collate(data_batch) if data_batch else dict(inputs=[], data_samples=[])
+
+
+def split_batch(data_batch: dict, size: int | None) -> list[dict]:
+    """``data_batch`` in parts of at most ``size`` items, as equal as can be; none if it is empty."""
+    count = len(data_batch['inputs'])
+    parts = math.ceil(count / (size or max(count, 1)))
+    bounds = [round(i * count / max(parts, 1)) for i in range(parts + 1)]
+    return [{key: value[a:b] for key, value in data_batch.items()}
+            for a, b in zip(bounds, bounds[1:], strict=False)]
