@@ -7,9 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def execute(*args, cwd, check=True):
-    """Runs a Python program with one thread, away from the checkout; returns what it printed."""
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+def execute(*args, cwd, check=True, path=()):
+    """Runs a Python program with one thread, away from the checkout; returns what it printed.
+
+    It can import from ``path``, folders, too.
+    """
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (ROOT, *path))),
+               OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert not check or done.returncode == 0, done.stdout[-4000:]

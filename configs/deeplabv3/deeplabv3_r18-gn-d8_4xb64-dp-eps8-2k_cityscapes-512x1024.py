@@ -3,11 +3,14 @@ _base_ = [
     '../_base_/datasets/cityscapes.py',
     '../_base_/dp_runtime.py', '../_base_/schedules/schedule_dp_2k.py'
 ]
+crop_size = (512, 1024)
+data_preprocessor = dict(size=crop_size)
 train_dataloader = dict(
     batch_size=64, batch_sampler=dict(type='PoissonBatchSampler'))
 # 32 groups
 norm_cfg = dict(_delete_=True, type='GN', num_groups=32)
 model = dict(
+    data_preprocessor=data_preprocessor,
     backbone=dict(depth=18, norm_cfg=norm_cfg),
     decode_head=dict(
         in_channels=512, channels=128, norm_cfg=norm_cfg),

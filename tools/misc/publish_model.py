@@ -9,7 +9,8 @@ from mmseg_kn.checkpoint import save_with_hash
 # isort: split
 from mmengine.runner import CheckpointLoader  # which mmseg_kn keeps from unpickling freely
 
-META = ('cfg', 'dataset_meta', 'CLASSES', 'PALETTE', 'epoch', 'iter', 'mmengine_version')
+META = ('cfg', 'dataset_meta', 'CLASSES', 'PALETTE', 'epoch', 'iter', 'mmengine_version',
+        'privacy')
 
 
 def plain(value):
