@@ -26,8 +26,10 @@ def load(name):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_builds_and_runs_forward_loss_and_predict(name):
     cfg = load(name)
-    package = 'mmseg_kn' + '.baselines' * ('nonorm' in name or 'plainpool' in name)
-    assert cfg.custom_imports == dict(imports=[package], allow_failed_imports=False)
+    baselines = ['mmseg_kn.baselines'] * ('nonorm' in name or 'plainpool' in name)
+    packages = ['mmseg_kn', 'mmseg_kn.privacy', *baselines] if '-dp-' in name else (
+        baselines or ['mmseg_kn'])
+    assert cfg.custom_imports == dict(imports=packages, allow_failed_imports=False)
     import_modules_from_strings(**cfg.custom_imports)
     cfg.model.data_preprocessor.size = SIZE
     if cfg.model.test_cfg.mode == 'slide':
@@ -41,7 +43,7 @@ def test_builds_and_runs_forward_loss_and_predict(name):
                        for m in model.modules())
         assert cfg.model.data_preprocessor.mean == [0, 0, 0]
         assert cfg.model.data_preprocessor.std == [255, 255, 255]
-    batch_size = cfg.train_dataloader.batch_size
+    batch_size = cfg.train_cfg.get('max_physical_batch_size', cfg.train_dataloader.batch_size)
 
     def batch():
         samples = []
@@ -82,8 +84,14 @@ def test_schedule_and_pipelines(name):
     assert max_iters % cfg.default_hooks.checkpoint.interval == 0
     assert max_iters % cfg.train_cfg.val_interval == 0
     assert name.split('_')[2].split('-')[-1] in (str(max_iters), f'{max_iters // 1000}k')
-    assert cfg.optim_wrapper.clip_grad.max_norm == 1
-    if 'cityscapes-512x1024' in name:
+    if '-dp-' in name:
+        assert cfg.optim_wrapper.type == 'DPOptimWrapper'
+        assert f'eps{cfg.optim_wrapper.target_epsilon:g}-' in name
+        assert cfg.train_dataloader.batch_sampler.type == 'PoissonBatchSampler'
+        assert dict(type='DPHook') in cfg.custom_hooks
+    else:
+        assert cfg.optim_wrapper.clip_grad.max_norm == 1
+    if 'cityscapes-512x1024' in name and '-dp-' not in name:
         # the learning rate follows the images of an iteration, and so does their number
         assert cfg.optim_wrapper.optimizer.lr == pytest.approx(0.01 * gpus * batch / 8)
         assert max_iters * gpus * batch in (320_000, 640_000)

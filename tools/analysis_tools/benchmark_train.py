@@ -2,7 +2,8 @@
 
 Images and labels are random and on the device already: what is measured is the model, its loss
 and its optimizer, not the data pipeline. The multiply-adds are those of the backbone's
-convolutions for one image.
+convolutions for one image. Peak memory is what is allocated on a GPU; on the CPU that of the whole
+process, given for one config alone. Private configs clip each sample and add noise as in training.
 
     python tools/analysis_tools/benchmark_train.py \
         configs/deeplabv3/deeplabv3_knr18-d8_1xb2-400_camvid-160x160.py \
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.structures import PixelData
+from mmengine.utils import import_modules_from_strings
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmseg_kn
@@ -66,7 +68,14 @@ class Contender:
         wrapper = dict(cfg.optim_wrapper)
         if args.amp:
             wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
+        import_modules_from_strings(**cfg.custom_imports)
+        private = wrapper['type'] == 'DPOptimWrapper'
+        if private:
+            wrapper.update(target_epsilon=None, noise_multiplier=1.0)
         self.wrapper = build_optim_wrapper(self.model, wrapper)
+        if private:
+            self.wrapper.attach(self.model, sample_rate=0.01, batch_size=args.batch_size,
+                                steps=1, num_items=100 * args.batch_size)
         classes = self.model.decode_head.num_classes
         generator = torch.Generator().manual_seed(0)
         samples = []
@@ -100,7 +109,7 @@ class Contender:
 
 
 def timed(call, device: torch.device) -> tuple[float, float | None]:
-    """Seconds, and on a GPU the peak of allocated memory in MiB."""
+    """Seconds, and the peak of memory in MiB, None where it is not known."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -138,6 +147,9 @@ def main() -> None:
             median = statistics.median(times)
             base = statistics.median(s[0] for s in samples[len(contenders) - 1, mode])
             peak = samples[j, mode][-1][1]
+            if peak is None and len(contenders) == 1:
+                import resource  # which Windows lacks
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             rows.append(dict(config=contender.name, step=mode, device=device,
                              torch=torch.__version__, batch=args.batch_size,
                              height=args.shape[0], width=args.shape[1],

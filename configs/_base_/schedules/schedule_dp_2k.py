@@ -23,5 +23,5 @@ train_cfg = dict(
     type='DPIterBasedTrainLoop',
     max_iters=2000,
     val_interval=500,
-    max_physical_batch_size=4)
+    max_physical_batch_size=2)
 default_hooks = dict(checkpoint=dict(interval=500))
