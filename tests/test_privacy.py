@@ -17,7 +17,7 @@ from opacus.accountants import create_accountant  # noqa: E402
 
 from mmseg_kn import KNConv2d, KNResNet  # noqa: E402
 from mmseg_kn.baselines import NoNorm  # noqa: E402
-from mmseg_kn.privacy import DPOptimWrapper, GradSampler, PoissonBatchSampler  # noqa: E402
+from mmseg_kn.privacy import GradSampler, PoissonBatchSampler  # noqa: E402
 from mmseg_kn.privacy.optim_wrapper import spent_epsilon  # noqa: E402
 from mmseg_kn.privacy.sampler import private_collate, split_batch  # noqa: E402
 
@@ -41,7 +41,7 @@ def make_input(dtype=torch.float64, n=3, size=(7, 9)):
 
 
 def expected_grad_samples(layer, x, weight_of_loss, masked):
-    """Autograd of one sample after the other, with the statistics of ``masked``, x after dropout."""
+    """Autograd of each sample alone, with the statistics of ``masked``, x after dropout."""
     from mmseg_kn.ops.geometry import make_geometry, pad
     geometry = make_geometry(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
 
@@ -138,7 +138,9 @@ def loss_of(net, x):
     return net(x).square().flatten(1).mean(1).mean()
 
 
-@pytest.mark.parametrize('norm', [nn.GroupNorm(2, 8), NoNorm(8), nn.InstanceNorm2d(8, affine=True)])
+@pytest.mark.parametrize('norm', [
+    nn.GroupNorm(2, 8), NoNorm(8), nn.InstanceNorm2d(8, affine=True)
+])
 def test_networks_that_work_in_place(norm):
     torch.manual_seed(0)
     net = Net(norm).double()
@@ -443,6 +445,3 @@ def test_without_opacus_there_is_one_clear_line():
 def test_a_plain_import_loads_no_opacus():
     code = "import sys, mmseg_kn; assert not any('opacus' in name for name in sys.modules)"
     subprocess.run([sys.executable, '-c', code], check=True)
-
-
-assert DPOptimWrapper  # registered on import

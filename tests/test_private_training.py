@@ -13,6 +13,7 @@ from mmengine.dataset import ClassBalancedDataset  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from mmseg.models.losses import LovaszLoss, OhemCrossEntropy  # noqa: E402
+from mmseg.registry import TRANSFORMS  # noqa: E402
 from opacus.accountants import create_accountant  # noqa: E402
 from program import ROOT, execute  # noqa: E402
 from test_tools import SHORT  # noqa: E402
@@ -308,6 +309,19 @@ def test_resuming_from_a_checkpoint_that_was_not_private(cfg):
     cfg.resume, cfg.load_from = True, f'{cfg.work_dir}/iter_2.pth'
     with pytest.raises(ValueError, match='not trained privately.*load_from'):
         train(cfg)
+
+
+def test_an_image_that_fails_is_not_replaced_by_another(cfg):
+    cfg.train_dataloader.dataset.pipeline.insert(0, dict(type='NoImage'))
+    cfg.train_dataloader.batch_size = 8
+    with pytest.raises(Exception, match='Cannot find valid image after 0'):
+        train(cfg)
+
+
+@TRANSFORMS.register_module()
+class NoImage:
+    def __call__(self, results):
+        return None
 
 
 def test_an_empty_batch_in_training(cfg, monkeypatch):

@@ -5,7 +5,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
 
 from .checks import check_hook
-from .sampler import split_batch
+from .sampler import forbid_refetch, split_batch
 
 
 @LOOPS.register_module()
@@ -30,6 +30,7 @@ class DPIterBasedTrainLoop(IterBasedTrainLoop):
         self.max_physical_batch_size = max_physical_batch_size
         if isinstance(dataloader, dict):
             dataloader.setdefault('collate_fn', dict(type='private_collate'))
+            forbid_refetch(dataloader['dataset'])
         super().__init__(runner, dataloader, *args, **kwargs)
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ CLIPPINGS = ('flat', 'ghost')
 
 
 def spent_epsilon(accountant: str, history: Iterable, delta: float) -> float:
-    """Epsilon at ``delta`` of the steps in ``history``, triples (noise multiplier, rate, steps)."""
+    """Epsilon at ``delta`` of ``history``, triples (noise multiplier, sampling rate, steps)."""
     history = [tuple(entry) for entry in history]
     if not history:
         return 0.0

@@ -4,9 +4,9 @@ import secrets
 from collections.abc import Iterator
 
 import torch
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.dist import get_dist_info
-from mmengine.registry import DATA_SAMPLERS, FUNCTIONS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
 
 @DATA_SAMPLERS.register_module()
@@ -61,9 +61,22 @@ def private_collate(data_batch: list[dict]) -> dict:
 
 
 def split_batch(data_batch: dict, size: int | None) -> list[dict]:
-    """``data_batch`` in parts of at most ``size`` items, as equal as can be; none if it is empty."""
+    """``data_batch`` in nearly equal parts of at most ``size`` items; none if it is empty."""
     count = len(data_batch['inputs'])
     parts = math.ceil(count / (size or max(count, 1)))
     bounds = [round(i * count / max(parts, 1)) for i in range(parts + 1)]
     return [{key: value[a:b] for key, value in data_batch.items()}
             for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def forbid_refetch(dataset_cfg: dict) -> None:
+    """Makes an image that cannot be used an error; mmengine would take another one for it."""
+    for part in dataset_cfg.get('datasets', [dataset_cfg.get('dataset')]):
+        if part is not None:
+            forbid_refetch(part)
+    kind = dataset_cfg['type']
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:  # mmseg's, as a rule
+            kind = registry.get(kind)
+    if isinstance(kind, type) and issubclass(kind, BaseDataset):
+        dataset_cfg['max_refetch'] = 0
