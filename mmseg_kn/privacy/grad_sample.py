@@ -52,8 +52,8 @@ def kn_conv2d_grad_sample(layer: KNConv2d, activations: list[Tensor],
         # Samples as groups: one convolution gives all their gradients.
         dweight = conv2d_weight(x.flatten(0, 1).unsqueeze(0),
                                 (n * layer.out_channels, *layer.weight.shape[1:]),
-                                h.flatten(0, 1).unsqueeze(0), layer.stride, 0, layer.dilation,
-                                n * layer.groups).view(n, *layer.weight.shape)
+                                h.flatten(0, 1).unsqueeze(0), geometry.stride, 0,
+                                geometry.dilation, n * layer.groups).view(n, *layer.weight.shape)
         of_mean = torch.einsum('nohw,nhw->no', h, mean - centre)
         grads[layer.weight] = dweight.sub_(of_mean.view(n, -1, 1, 1, 1))
     return grads
