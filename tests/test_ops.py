@@ -499,6 +499,19 @@ def test_gradient_of_the_residual_alone():
     assert torch.equal(torch.autograd.grad(y.sum(), residual)[0], torch.ones_like(residual))
 
 
+def test_dilation_of_a_single_column_means_nothing():
+    """torch's own convolution crashes on this one, with the probability of an overrun."""
+    assert make_geometry((3, 1), dilation=3).dilation == (3, 1)
+    assert make_geometry((1, 2), dilation=(2, 3)).dilation == (1, 3)
+    x = torch.randn(3, 8, 9, 1).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4, 4, 3, 1)
+    for _ in range(20):
+        y = kn_conv2d(x, weight, stride=3, padding=(2, 2), dilation=3, groups=2)
+    expected = kn_conv2d(x, weight, stride=3, padding=(2, 2), dilation=3, groups=2,
+                         impl='reference')
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_auto_runs():
     x = make_case()[0][0]
     assert chosen_impl(x) == 'fused' and chosen_impl(x, 'reference') == 'reference'

@@ -55,13 +55,17 @@ def make_geometry(kernel_size: int | Sequence[int],
     Args:
         padding: int, (h, w), (left, right, top, bottom), or as in ``torch.nn.Conv2d``
             ``'valid'`` (none) and ``'same'`` (stride 1 only).
+        dilation: int or (h, w); 1 is returned along a side of the kernel that is 1.
 
     Raises:
         ValueError: An argument has the wrong length, type or sign.
     """
     kernel = _pair('kernel_size', kernel_size, 1)
     stride = _pair('stride', stride, 1)
-    dilation = _pair('dilation', dilation, 1)
+    # A single row or column has no gaps; torch's convolution can crash on a dilation of one
+    # (channels_last on the CPU, torch 2.13).
+    dilation = tuple(d if k > 1 else 1
+                     for k, d in zip(kernel, _pair('dilation', dilation, 1), strict=True))
     if padding == 'same':
         if stride != (1, 1):
             raise ValueError(f"padding='same' needs stride 1, got stride={stride}; "
