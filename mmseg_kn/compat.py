@@ -5,6 +5,7 @@ mmcv-lite 2.1.0) and the maintained fork (onedl-mmsegmentation 1.4, the same imp
 On both, no checkpoint is unpickled freely: reading one never runs code that it carries.
 """
 
+import contextlib
 import errno
 import functools
 import importlib
@@ -13,6 +14,7 @@ import pickle
 import re
 import sys
 import types
+import zipfile
 from importlib.util import find_spec
 
 import numpy as np
@@ -127,8 +129,22 @@ def load_from_local(filename, map_location=None):
 
 def _load_file(file, map_location=None):
     """Loads a checkpoint from a path, or from a file object in memory (the fork's s3://)."""
-    name = file if isinstance(file, str) else 'the downloaded checkpoint'
-    return _load(name, lambda: torch.load(file, map_location=map_location, weights_only=True))
+    def read():
+        _check_members(file)
+        return torch.load(file, map_location=map_location, weights_only=True)
+
+    return _load(file if isinstance(file, str) else 'the downloaded checkpoint', read)
+
+
+def _check_members(file):
+    """Refuses a zip file that unpacks to more than it holds; torch.save compresses nothing."""
+    with open(file, 'rb') if isinstance(file, str) else contextlib.nullcontext(file) as f:
+        members, size = [], 0
+        if f.read(4) == b'PK\x03\x04':  # by which torch knows the format
+            members, size = zipfile.ZipFile(f).infolist(), f.seek(0, os.SEEK_END)
+        f.seek(0)
+    if any(m.compress_type for m in members) or sum(m.file_size for m in members) > size:
+        raise ValueError('members that are compressed, or larger than the file')
 
 
 def _load_url(url, model_dir=None, **kwargs):
@@ -154,6 +170,7 @@ def _load(name, read):
                     f"{name} was refused: it holds a command line ({asked}), as norm-torch's "
                     'checkpoints do; tools/model_converters/norm_torch2mmseg.py converts those'
                 ) from None
+            asked = _shown(asked)
             raise ValueError(
                 f'{name} was refused: its pickle holds more than plain data ({asked}), which '
                 'could run code. Get a file that holds only weights and plain values; or, if you '
@@ -162,19 +179,34 @@ def _load(name, read):
     except Exception as error:  # a damaged pickle can raise anything
         if _is_not_the_file(error):
             raise
+        if isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error):
+            raise ValueError(
+                f'{name} asks for more memory than there is; if it is not a large file, it is '
+                'damaged or made to do harm: do not use it'
+            ) from None
         reason = f'{type(error).__name__}: {error}'.split('\n')[0].split('. ')[0].rstrip(': ')
+        if 'restore data location' in reason:
+            raise ValueError(
+                f"{name} holds tensors of a device that is not known here ({_shown(reason)}); "
+                "load it with map_location='cpu'"
+            ) from None
     raise ValueError(
-        f'{name} is damaged or not a checkpoint ({reason}); resume from an older one, or '
+        f'{name} is damaged or not a checkpoint ({_shown(reason)}); resume from an older one, or '
         'download it again'
     )
+
+
+def _shown(reason):
+    """What a file made torch say, for a terminal: no escape codes, and not long."""
+    return ''.join(c if c.isprintable() else '?' for c in reason[:300])
 
 
 def _is_not_the_file(error):
     """Whether the system, the network or the device is to blame: such errors pass unchanged."""
     if isinstance(error, OSError):
         return error.errno != errno.EINVAL  # what seeking by a damaged offset gives
-    absent = 'map_location' in str(error) or 'restore data location' in str(error)
-    return absent or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    absent = 'map_location' in str(error) and 'restore data location' not in str(error)
+    return absent or isinstance(error, torch.OutOfMemoryError)
 
 
 def _without_source(checkpoint):
@@ -226,18 +258,42 @@ def _array(shape, dtype, data, order='C'):
     return np.ndarray(shape, dtype.value, data, order=order).copy('K')
 
 
-def _plain(value):
-    """Replaces the stand-ins in the containers that checkpoints consist of."""
+def _no_bytes():
+    """Stands for bytes, the data of an empty array; bytes(2**40) would take that much memory."""
+    return b''
+
+
+def _plain(value, seen=None):
+    """Replaces the stand-ins in the containers that checkpoints consist of.
+
+    Each container once (``seen``, by id): a few that hold each other twice are 2**60 in all.
+    """
     if isinstance(value, (_SavedArray, _SavedDtype)):
         return value.value
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _plain(value[key])
-    elif type(value) is list:
-        value[:] = map(_plain, value)
-    elif type(value) is tuple:
-        return tuple(map(_plain, value))
-    return value
+    if not isinstance(value, dict) and type(value) not in (list, tuple):
+        return value
+    seen = {} if seen is None else seen
+    if id(value) not in seen:
+        seen[id(value)] = value, value
+        if type(value) is tuple:
+            seen[id(value)] = value, tuple(_plain(item, seen) for item in value)
+        elif type(value) is list:
+            value[:] = [_plain(item, seen) for item in value]
+        else:
+            for key in value:
+                value[key] = _plain(value[key], seen)
+            if getattr(value, '__dict__', None):
+                _check_attributes(value, vars(value))
+                _plain(vars(value), seen)
+    return seen[id(value)][1]
+
+
+def _check_attributes(ordered, attributes):
+    """Only torch's own attribute may come along: others could replace `get` or `items`."""
+    if set(attributes) - {'_metadata'}:
+        raise pickle.UnpicklingError(
+            f'a {type(ordered).__name__} with attributes {sorted(map(str, attributes))}'
+        )
 
 
 @functools.cache
@@ -247,6 +303,9 @@ def _safe_globals():
 
     class SavedHistory(HistoryBuffer):
         """Takes values only: mmengine would let the file replace methods of all buffers."""
+
+        def __init__(self):
+            pass  # the pickle's BUILD brings the values
 
         def __setstate__(self, state):
             values = {key: state[key] for key in ('max_length', '_log_history', '_count_history')}
@@ -271,7 +330,7 @@ def _safe_globals():
     return arrays + [
         (_SavedArray, 'numpy.ndarray'),
         (_SavedDtype, 'numpy.dtype'),
-        (bytes, 'builtins.bytes'),  # the data of an empty array
+        (_no_bytes, 'builtins.bytes'),
         (SavedHistory, 'mmengine.logging.history_buffer.HistoryBuffer'),
         (saved_getattr, 'builtins.getattr'),
     ]

@@ -5,14 +5,13 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from . import ops
-from .ops.geometry import make_geometry
+from .ops.geometry import check_count, check_numbers, check_tensor, make_geometry
 
 # Registered in mmengine's root registry: mmseg, mmdet and mmpretrain all find it from there.
 
 
-def _check(dropout_p: float, impl: str) -> None:
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p}')
+def _check(dropout_p: float, eps: float, impl: str) -> None:
+    check_numbers(dropout_p, eps)
     if impl not in ops.IMPLS:
         raise ValueError(f'impl must be one of {ops.IMPLS}, got {impl!r}')
 
@@ -55,8 +54,9 @@ class KernelNorm2d(nn.Module):
                  eps: float = 1e-5,
                  impl: str = 'auto') -> None:
         super().__init__()
+        check_count('num_features', num_features)
         geometry = make_geometry(kernel_size, stride, padding)
-        _check(dropout_p, impl)
+        _check(dropout_p, eps, impl)
         self.num_features = num_features
         self.kernel_size = geometry.kernel
         self.stride = geometry.stride
@@ -66,6 +66,7 @@ class KernelNorm2d(nn.Module):
         self.impl = impl
 
     def forward(self, input: Tensor) -> Tensor:
+        check_tensor('input', input)
         if input.dim() == 4 and input.size(1) != self.num_features:
             raise ValueError(f'expected num_features={self.num_features} channels, '
                              f'got an input of shape {tuple(input.shape)}')
@@ -138,12 +139,17 @@ class KNConv2d(nn.Conv2d):
         if padding_mode != 'zeros':
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}; pad the "
                              'input before the layer instead')
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        for name, count in (('in_channels', in_channels), ('out_channels', out_channels),
+                            ('groups', groups)):
+            check_count(name, count)
+        if in_channels % groups or out_channels % groups:
             raise ValueError(f'in_channels={in_channels} and out_channels={out_channels} must '
                              f'be divisible by groups={groups}')
-        _check(dropout_p, impl)
+        _check(dropout_p, eps, impl)
         if activation not in (None, 'relu'):
             raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f'dtype must be floating point, got {dtype}')
         make_geometry(kernel_size, stride, padding, dilation)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation,
                          groups, bias, device=device, dtype=dtype)

@@ -91,10 +91,17 @@ def test_same_padding_is_nn_conv2ds():
 @pytest.mark.parametrize('call, message', [
     (lambda: KNConv2d(4, 6, 3, padding_mode='reflect'), "'zeros', got 'reflect'"),
     (lambda: KNConv2d(4, 6, 3, groups=3), 'in_channels=4 and .* divisible by groups=3'),
-    (lambda: KNConv2d(4, 6, 3, groups=0), 'divisible by groups=0'),
+    (lambda: KNConv2d(4, 6, 3, groups=0), 'groups must be an int >= 1, got 0'),
+    (lambda: KNConv2d(0, 6, 3), 'in_channels must be an int >= 1, got 0'),
+    (lambda: KNConv2d(4, None, 3), 'out_channels must be an int >= 1, got None'),
+    (lambda: KNConv2d(4, 6, 3, eps=float('nan')), 'eps must be > 0, got nan'),
+    (lambda: KNConv2d(4, 6, 3, dropout_p=None), r'dropout_p must be in \[0, 1\), got None'),
+    (lambda: KNConv2d(4, 6, 3, dtype=torch.int32), 'dtype must be floating point'),
     (lambda: KNConv2d(4, 6, 3, dropout_p=1), r'dropout_p must be in \[0, 1\), got 1'),
     (lambda: KNConv2d(4, 6, 3, padding=(1, 2, 3)), 'padding must be'),
     (lambda: KernelNorm2d(4, dropout_p=-1), 'dropout_p must be'),
+    (lambda: KernelNorm2d('4'), "num_features must be an int >= 1, got '4'"),
+    (lambda: KernelNorm2d(4, eps=-1), 'eps must be > 0, got -1'),
     (lambda: KernelNorm2d(4, kernel_size=0), 'kernel_size must be'),
     (lambda: KernelNorm2d(4)(torch.randn(2, 5, 3, 3)), r'num_features=4 .* \(2, 5, 3, 3\)'),
 ])

@@ -499,6 +499,19 @@ def test_gradient_of_the_residual_alone():
     assert torch.equal(torch.autograd.grad(y.sum(), residual)[0], torch.ones_like(residual))
 
 
+def test_dilation_of_a_single_column_means_nothing():
+    """torch's own convolution crashes on this one, with the probability of an overrun."""
+    assert make_geometry((3, 1), dilation=3).dilation == (3, 1)
+    assert make_geometry((1, 2), dilation=(2, 3)).dilation == (1, 3)
+    x = torch.randn(3, 8, 9, 1).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4, 4, 3, 1)
+    for _ in range(20):
+        y = kn_conv2d(x, weight, stride=3, padding=(2, 2), dilation=3, groups=2)
+    expected = kn_conv2d(x, weight, stride=3, padding=(2, 2), dilation=3, groups=2,
+                         impl='reference')
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_auto_runs():
     x = make_case()[0][0]
     assert chosen_impl(x) == 'fused' and chosen_impl(x, 'reference') == 'reference'
@@ -522,6 +535,13 @@ W = torch.zeros(6, 4, 3, 3)
     (lambda: kn_conv2d(X, W, dropout_p=1.0), r'dropout_p must be in \[0, 1\), got 1.0'),
     (lambda: kn_conv2d(X, W, dropout_p=-0.1), 'dropout_p must be'),
     (lambda: kn_conv2d(X, W, eps=0), 'eps must be > 0'),
+    (lambda: kn_conv2d(X, W, eps=float('nan')), 'eps must be > 0, got nan'),
+    (lambda: kn_conv2d(X.numpy(), W), 'input must be a torch.Tensor, got ndarray'),
+    (lambda: kn_conv2d(X, W, 0.5), 'bias must be a torch.Tensor, got float'),
+    (lambda: kn_conv2d(X, W[:0]), 'out_channels=0 must be'),
+    (lambda: kn_conv2d(X[:, :0], W[:, :0]), 'must have channels and pixels'),
+    (lambda: kernel_norm2d(X[..., :0], padding=1), r'pixels, got shape \(1, 4, 8, 0\)'),
+    (lambda: kn_conv2d(X, W, groups=None), 'groups must be an int >= 1, got None'),
     (lambda: kn_conv2d(X, W[0]), 'weight must be 4-D'),
     (lambda: kn_conv2d(X, W.double()), 'one dtype, got torch.float32 and torch.float64'),
     (lambda: kn_conv2d(X, W, stride=0), 'stride must be .* got 0'),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import closed_form, reference
-from .geometry import check_epilogue, check_input, check_weight, make_geometry
+from .geometry import check_epilogue, check_input, check_tensor, check_weight, make_geometry
 
 __all__ = ['IMPLS', 'chosen_impl', 'kernel_norm2d', 'kn_conv2d']
 
@@ -133,12 +133,14 @@ def kn_conv2d(input: Tensor,
     Returns:
         (N, out_channels, Ho, Wo), sized as ``torch.nn.functional.conv2d`` does, in the dtype
         of ``input``, or autocast's where autocast is on (a ``residual`` of another
-        promotes). Statistics are float32 or better. With ``return_moments``: output, mean and
-        rstd, (N, Ho, Wo) each; rstd may be 0 where a unit is constant.
+        promotes). Statistics are float32 or better; the convolution of the input itself must fit
+        the dtype. With ``return_moments``: output, mean and rstd, (N, Ho, Wo) each; rstd may be 0
+        where a unit is constant.
 
     Raises:
         ValueError: Shapes, dtypes or options do not fit; the message names the invariant.
     """
+    check_tensor('weight', weight)
     if weight.dim() != 4:
         raise ValueError('weight must be 4-D (out_channels, in_channels / groups, kh, kw), '
                          f'got shape {tuple(weight.shape)}')

@@ -1,6 +1,8 @@
 """Where the units of a convolution window lie, and what is refused about them."""
+import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -55,13 +57,17 @@ def make_geometry(kernel_size: int | Sequence[int],
     Args:
         padding: int, (h, w), (left, right, top, bottom), or as in ``torch.nn.Conv2d``
             ``'valid'`` (none) and ``'same'`` (stride 1 only).
+        dilation: int or (h, w); 1 is returned along a side of the kernel that is 1.
 
     Raises:
         ValueError: An argument has the wrong length, type or sign.
     """
     kernel = _pair('kernel_size', kernel_size, 1)
     stride = _pair('stride', stride, 1)
-    dilation = _pair('dilation', dilation, 1)
+    # A single row or column has no gaps; torch's convolution can crash on a dilation of one
+    # (channels_last on the CPU, torch 2.13).
+    dilation = tuple(d if k > 1 else 1
+                     for k, d in zip(kernel, _pair('dilation', dilation, 1), strict=True))
     if padding == 'same':
         if stride != (1, 1):
             raise ValueError(f"padding='same' needs stride 1, got stride={stride}; "
@@ -84,24 +90,47 @@ def make_geometry(kernel_size: int | Sequence[int],
     return Geometry(kernel, stride, sides, dilation)
 
 
+def check_count(name: str, value: int) -> None:
+    """Refuses what is not an int >= 1."""
+    if isinstance(value, Sequence) or _ints(value) is None or value < 1:
+        raise ValueError(f'{name} must be an int >= 1, got {value!r}')
+
+
+def check_numbers(dropout_p: float, eps: float) -> None:
+    """Refuses ``dropout_p`` outside [0, 1) and ``eps`` that is not finite and > 0."""
+    if not isinstance(dropout_p, Real) or not 0 <= dropout_p < 1:
+        raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p!r}')
+    if not isinstance(eps, Real) or not 0 < eps < math.inf:
+        raise ValueError(f'eps must be > 0, got {eps!r}: a unit of zero variance divides by it')
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    """Refuses arrays, lists, None."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f'{name} must be a torch.Tensor, got {type(value).__name__}; convert it, '
+                         'e.g. by torch.as_tensor')
+
+
 def check_input(input: Tensor, geometry: Geometry, dropout_p: float, eps: float) -> None:
     """Refuses what has no units to normalize.
 
     Raises:
-        ValueError: ``input`` is not a floating point (N, C, H, W) tensor, the window is
-            larger than the padded input, ``dropout_p`` is outside [0, 1) or ``eps`` <= 0.
+        ValueError: ``input`` is not a floating point (N, C, H, W) tensor with pixels in it, the
+            window is larger than the padded input, ``dropout_p`` is outside [0, 1) or ``eps``
+            not above 0.
     """
+    check_tensor('input', input)
     if input.dim() != 4:
         raise ValueError(f'input must be 4-D (N, C, H, W), got shape {tuple(input.shape)}; '
                          'add a batch dimension with input[None] if one is missing')
     if not input.is_floating_point():
         raise ValueError(f'input must be floating point, got {input.dtype}; '
                          'convert it, e.g. input.float() / 255 for an image')
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p}')
-    if eps <= 0:
-        raise ValueError(f'eps must be > 0, got {eps}: a unit of zero variance divides by it')
-    height, width = input.shape[2:]
+    check_numbers(dropout_p, eps)
+    channels, height, width = input.shape[1:]
+    if channels < 1 or height < 1 or width < 1:  # one by one: exporters guard each
+        raise ValueError(f'input must have channels and pixels, got shape {tuple(input.shape)}; '
+                         'only the batch may be empty')
     if min(geometry.output_size(height, width)) < 1:
         left, right, top, bottom = geometry.padding
         raise ValueError(
@@ -116,15 +145,18 @@ def check_weight(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int
     Raises:
         ValueError: Channels, groups or the bias disagree with ``weight``.
     """
+    check_count('groups', groups)
     out_channels, in_per_group = weight.shape[:2]
     channels = input.size(1)
-    if groups < 1 or channels % groups or out_channels % groups:
+    if out_channels < 1 or channels % groups or out_channels % groups:
         raise ValueError(f'in_channels={channels} and out_channels={out_channels} must be '
                          f'divisible by groups={groups}')
     if channels != in_per_group * groups:
         raise ValueError(f'input has {channels} channels, but the weight of shape '
                          f'{tuple(weight.shape)} with groups={groups} takes '
                          f'{in_per_group * groups}')
+    if bias is not None:
+        check_tensor('bias', bias)
     if bias is not None and bias.shape != (out_channels, ):
         raise ValueError(f'bias must have shape ({out_channels},), got {tuple(bias.shape)}')
 
@@ -141,6 +173,7 @@ def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation
         raise ValueError(f"activation must be None or 'relu', got {activation!r}")
     if residual is None:
         return
+    check_tensor('residual', residual)
     if activation:
         raise ValueError(f'residual and activation={activation!r} exclude each other; apply the '
                          'activation to the sum')
