@@ -95,6 +95,9 @@ def read_header(file: BinaryIO) -> Header:
     if end:
         file.seek(-min(len(end), len(head)), os.SEEK_END)
         if file.read() != end:  # cut off, or something follows the image
+            file.seek(0)
+            if head.startswith(_PNG) and end not in file.read():
+                raise ValueError(f'is cut off: a PNG ends in an IEND chunk; {_AGAIN}')
             decode(file)
     if head.startswith(_PNG):
         # Pillow shows 16-bit colours as 8-bit ones.

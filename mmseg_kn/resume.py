@@ -69,8 +69,8 @@ class SafeCheckpointHook(CheckpointHook):
     """
 
     def before_run(self, runner) -> None:
-        # before mmengine reads last_checkpoint
-        if runner.cfg.get('resume') and not runner.cfg.get('load_from'):
+        # Runner.load_or_resume, which reads last_checkpoint in this case, comes next.
+        if runner._resume and runner._load_from is None:
             if is_main_process():
                 self._point_to_newest(runner)
             barrier()
