@@ -1,8 +1,10 @@
 """Checkpoints that survive a kill, and a training that goes on from them as if there was none."""
 import contextlib
+import errno
 import os
 import os.path as osp
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -61,7 +63,8 @@ class SafeCheckpointHook(CheckpointHook):
 
     * a checkpoint appears under its name when it is whole (:class:`AtomicBackend`);
     * ``--resume`` goes on from the newest whole one, and warns of each that is skipped;
-    * the oldest is deleted last, which takes the room of one checkpoint more.
+    * the oldest is deleted last, which takes the room of one checkpoint more;
+    * a folder that cannot be written is refused, and one that is too full warned of, at the start.
 
     Raises:
         ValueError: ``--resume``, and no checkpoint of the folder is whole.
@@ -125,10 +128,25 @@ class SafeCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if self.file_client_args is None and type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend='atomic')
-            if is_main_process() and osp.isdir(self.out_dir):
-                for part in Path(self.out_dir).glob(f'*.pth{_PART}'):
-                    runner.logger.info(f'{part}, left by a killed training, is deleted')
-                    part.unlink()
+            if is_main_process():
+                self._check_folder(runner)
+
+    def _check_folder(self, runner) -> None:
+        """Tells now what would otherwise end the training at its first checkpoint."""
+        with _explained():
+            os.makedirs(self.out_dir, exist_ok=True)
+            if not os.access(self.out_dir, os.W_OK):
+                raise PermissionError(errno.EACCES, 'Permission denied', self.out_dir)
+        for part in Path(self.out_dir).glob(f'*.pth{_PART}'):
+            runner.logger.info(f'{part}, left by a killed training, is deleted')
+            part.unlink()
+        # weights and momentum
+        need = 2 * sum(t.nbytes for t in runner.model.state_dict().values())
+        if (free := shutil.disk_usage(self.out_dir).free) < need:
+            runner.logger.warning(
+                f'{self.out_dir} has room for {free / 2**20:.0f} MiB and a checkpoint takes about '
+                f'{need / 2**20:.0f}: make room, or name another folder by '
+                'default_hooks.checkpoint.out_dir')
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
         with _explained():
