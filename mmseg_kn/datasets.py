@@ -96,6 +96,6 @@ class KNCityscapesDataset(CityscapesDataset):
                 else:
                     faults += [f'{path}: {fault}'] if fault else []
         if faults:
-            raise ValueError(f'{len(faults)} bad files among those looked at '
-                             '(tools/misc/check_dataset.py looks at all), e.g. '
-                             + min(faults))
+            files = 'a bad file' if len(faults) == 1 else f'{len(faults)} bad files'
+            raise ValueError(f'{files} among those looked at (tools/misc/check_dataset.py looks '
+                             f'at all), e.g. {min(faults)}')
