@@ -164,7 +164,7 @@ def kill_and_resume(folder: Path, config: Path, kills: int, seed: int) -> collec
     print(f'uninterrupted: {time.monotonic() - peaceful.begun:.0f} s, {startup:.0f} s of them '
           'until the first iteration')
 
-    work, done, parts = folder / 'killed', collections.Counter(), 0
+    work, done, parts = folder / 'killed', collections.Counter(), set()
     cut = None
     for i in range(kills + 1):
         expected = next((p for p in reversed(checkpoints(work)) if whole(p)), None)
@@ -180,7 +180,7 @@ def kill_and_resume(folder: Path, config: Path, kills: int, seed: int) -> collec
             break
         check_resumed(training, expected, cut)
         said = re.search(r'Load checkpoint from (\S+)', training.text())
-        parts += len(list(work.glob('*.part')))
+        parts |= {(p.name, p.stat().st_mtime_ns) for p in work.glob('*.part')}
         done[kind] += 1
         print(f'kill {i + 1:2} ({kind}) after {time.monotonic() - training.begun:4.1f} s, '
               f'{training.iterations()} iterations, resumed from '
@@ -188,7 +188,7 @@ def kill_and_resume(folder: Path, config: Path, kills: int, seed: int) -> collec
         cut = spoil(kind, work, rng) or (cut if cut and cut.exists() and not whole(cut) else None)
     names = [Path(p).name for p in work.glob('*.part')]
     assert not names, names
-    print(f'{sum(done.values())} kills {dict(done)}; {parts} left a half-written file under '
+    print(f'{sum(done.values())} kills {dict(done)}; {len(parts)} left a half-written file under '
           'another name')
     compare(checkpoints(folder / 'peaceful')[-1], checkpoints(work)[-1])
     return done

@@ -94,7 +94,7 @@ def point(work, caplog, **checkpoint):
     caplog.set_level(logging.WARNING)
     runner = SimpleNamespace(work_dir=str(work), logger=logging.getLogger('test_resume'),
                              _resume=True, _load_from=None)
-    SafeCheckpointHook(by_epoch=False, **checkpoint).before_run(runner)
+    SafeCheckpointHook(**{'by_epoch': False, **checkpoint}).before_run(runner)
     return Path((work / 'last_checkpoint').read_text())
 
 
@@ -247,6 +247,13 @@ def test_nothing_to_resume_from_is_left_to_mmengine(tmp_path, caplog):
     with pytest.raises(FileNotFoundError):
         point(tmp_path, caplog)  # there still is no last_checkpoint
     assert not caplog.messages
+
+
+def test_checkpoints_of_epochs(work, caplog):
+    for path in work.glob('iter_*.pth'):
+        path.rename(work / path.name.replace('iter', 'epoch'))
+    flip(work / 'epoch_6.pth')
+    assert point(work, caplog, by_epoch=True) == work / 'epoch_4.pth'
 
 
 def test_other_folder(work, caplog):
