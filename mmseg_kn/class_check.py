@@ -50,7 +50,8 @@ class ClassCheckHook(Hook):
     """
 
     def __init__(self) -> None:
-        self.unlike = None
+        self.unlike = None  # what to say of a loaded checkpoint of other classes
+        self.limit = None  # number of classes, and the value that is ignored
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         # A training may start from another head's checkpoint; what it is for is known later.

@@ -87,7 +87,8 @@ class SafeCheckpointHook(CheckpointHook):
     def _point_to_newest(self, runner) -> None:
         """Makes last_checkpoint name the newest whole checkpoint, if there are any."""
         folder, pointer = self._folder(runner), osp.join(runner.work_dir, 'last_checkpoint')
-        if not isinstance(get_file_backend(folder), LocalBackend):
+        backend = get_file_backend(folder, backend_args=self.backend_args)
+        if not isinstance(backend, LocalBackend):
             return
         named = Path(pointer).read_text().strip() if osp.isfile(pointer) else None
         order = self._newest_first(folder, named)

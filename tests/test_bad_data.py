@@ -63,10 +63,11 @@ def train(root, **options):
     return runner
 
 
-def tool(root, capsys, *args, options=(), split='train'):
+def tool(root, capsys, *args, options=None, split='train', config=CONFIG):
     """Runs the tool in this process; returns its exit code and what it printed."""
-    argv = [TOOL, CONFIG, '--split', split, '--workers', 1, *args, '--cfg-options', *options,
-            *(f'{s}_dataloader.dataset.data_root={root}' for s in ('train', 'val', 'test'))]
+    roots = [f'{s}_dataloader.dataset.data_root={root}' for s in ('train', 'val', 'test')]
+    argv = [TOOL, config, '--split', split, '--workers', 1, *args, '--cfg-options',
+            *(options or []), *(roots if config == CONFIG else ['randomness.seed=0'])]
     with mock.patch.object(sys, 'argv', list(map(str, argv))), pytest.raises(SystemExit) as done:
         runpy.run_path(str(TOOL), run_name='__main__')
     return done.value.code, capsys.readouterr().out
@@ -224,6 +225,21 @@ def test_subsets_of_classes_read_the_same_files(scenes, capsys):
     _, printed = tool(scenes, capsys, options=[
         option, 'model.decode_head.num_classes=2', 'model.auxiliary_head.num_classes=2'])
     assert 'problems: 0' in printed and '10 ignored' in printed and ' 13 car ' in printed
+
+
+def test_wrapped_and_other_datasets(scenes, capsys, tmp_path):
+    """Within mmengine's wrappers, and of mmseg, which do not check their files themselves."""
+    bad = FAULTS['grey'][0](scenes)
+    one = config(scenes).train_dataloader.dataset
+    other = dict(one, type='CityscapesDataset', metainfo=dict(classes=('road', 'car')))
+    cfg = config(scenes)
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[
+        dict(type='RepeatDataset', times=2, dataset=one), other], ignore_keys=[
+            'classes', 'palette', 'label_map'])
+    cfg.dump(tmp_path / 'wrapped.py')
+    code, printed = tool(scenes, capsys, config=tmp_path / 'wrapped.py')
+    assert code == 1 and printed.count(f'{bad}: images of 3 channels are needed') == 2
+    assert 'train[0]: 2 images' in printed and 'got 19 in model.decode_head and 2' in printed
 
 
 def test_processes_and_all_splits(scenes, tmp_path):

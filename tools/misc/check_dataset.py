@@ -89,7 +89,7 @@ def head_faults(cfg, split: str, classes) -> list[str]:
     """Which heads of a config have another number of classes than a dataset."""
     faults = []
     for name in ('decode_head', 'auxiliary_head'):
-        heads = cfg.model.get(name)
+        heads = cfg.get('model', {}).get(name)
         several = isinstance(heads, (list, tuple))
         for i, head in enumerate(heads if several else [heads]):
             if head and classes and 'num_classes' in head:
