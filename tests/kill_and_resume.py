@@ -12,6 +12,7 @@ Then a disk is filled: a clear message, and the checkpoints before it whole.
 """
 import argparse
 import collections
+import contextlib
 import os
 import random
 import re
@@ -113,6 +114,15 @@ def checkpoints(work: Path) -> list[Path]:
     return sorted(work.glob('iter_*.pth'), key=number)
 
 
+def half_written(work: Path) -> set:
+    """The files that are being written, or were when a kill came; each with its birth."""
+    found = set()
+    for path in work.glob('iter_*.part'):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
 def spoil(kind: str, work: Path, rng: random.Random) -> Path | None:
     """Leaves what a kill leaves where checkpoints are written in place; returns the cut file."""
     if kind == 'pointer' and (work / 'last_checkpoint').is_file():
@@ -131,10 +141,8 @@ def kill_once(kind: str, training: Training, work: Path, startup: float,
         end = training.begun + rng.uniform(0, startup)
         alive = training.wait_for(lambda: time.monotonic() > end)
     elif kind == 'write':
-        before = {p.name for p in checkpoints(work)}
-        alive = training.wait_for(
-            lambda: any(p.name.removesuffix('.part') not in before
-                        for p in work.glob('iter_*.part')), 0.0005)
+        before = half_written(work)  # of an earlier kill
+        alive = training.wait_for(lambda: half_written(work) - before, 0.0005)
         time.sleep(rng.uniform(0, 0.05))
     else:
         least = rng.randint(1, 6)
@@ -180,7 +188,7 @@ def kill_and_resume(folder: Path, config: Path, kills: int, seed: int) -> collec
             break
         check_resumed(training, expected, cut)
         said = re.search(r'Load checkpoint from (\S+)', training.text())
-        parts |= {(p.name, p.stat().st_mtime_ns) for p in work.glob('*.part')}
+        parts |= half_written(work)
         done[kind] += 1
         print(f'kill {i + 1:2} ({kind}) after {time.monotonic() - training.begun:4.1f} s, '
               f'{training.iterations()} iterations, resumed from '
