@@ -1,32 +1,45 @@
-"""Cityscapes as mmseg reads it, refused at the start if images or labels are missing."""
+"""Cityscapes as mmseg reads it, refused at the start if images or labels are missing or wrong."""
 import os.path as osp
+import random
+import time
 
-from mmcv.transforms import LoadAnnotations
+import numpy as np
 from mmengine import fileio
+from mmengine.logging import print_log
 from mmseg.datasets import CityscapesDataset
 from mmseg.registry import DATASETS
 
+from .image_files import decode, header_faults, rules_of, value_fault
+
 _REMEDY = ('set data_root, e.g. --cfg-options train_dataloader.dataset.data_root=... '
            'val_dataloader.dataset.data_root=... test_dataloader.dataset.data_root=...')
-
-
-def _loads_labels(transforms) -> bool:
-    """Whether a pipeline reads label files, in a branch of test-time augmentation too."""
-    return any(
-        isinstance(t, LoadAnnotations) or _loads_labels(getattr(t, 'transforms', ())) or
-        _loads_labels(getattr(t, 'subroutines', ())) for t in transforms)
+_SECONDS = 1.  # for the headers; on a slow disk, as many as that allows
+_DECODED = 5  # labels whose values are looked at
 
 
 @DATASETS.register_module()
 class KNCityscapesDataset(CityscapesDataset):
     """mmseg's ``CityscapesDataset``, with its arguments, which checks its files.
 
-    mmseg finds a missing label when a worker loads it, and an empty folder not at all.
+    mmseg finds a missing or wrong label when a worker loads it, an empty folder not at all, and
+    takes 16-bit, grey and 4-channel images as they come. Here all headers of local files are
+    read, in random order for at most a second, and the values of five labels.
+    ``tools/misc/check_dataset.py`` reads everything.
+
+    Args:
+        check_files: Look at labels and headers; a missing or empty image folder is refused
+            anyway.
 
     Raises:
-        ValueError: The image folder is missing or empty, or a label file that the pipeline
-            loads is missing; names the path and the remedy.
+        ValueError: The image folder is missing or empty, a label file that the pipeline loads is
+            missing, a file is cut off, an image is not of 8-bit colours while it is loaded as
+            such, a label is of another size than its image, has several channels or not 8 bits,
+            or has values that are no class; names the path and the remedy.
     """
+
+    def __init__(self, *args, check_files: bool = True, **kwargs) -> None:
+        self.check_files = check_files
+        super().__init__(*args, **kwargs)
 
     def load_data_list(self) -> list[dict]:
         img_dir = self.data_prefix['img_path']
@@ -36,9 +49,14 @@ class KNCityscapesDataset(CityscapesDataset):
         if not data_list:
             raise ValueError(f'no image *{self.img_suffix} in {img_dir}: check img_suffix, or '
                              f'{_REMEDY}')
-        ann_dir = self.data_prefix.get('seg_map_path')
-        if ann_dir and _loads_labels(self.pipeline.transforms):
-            self._check_labels(data_list, ann_dir)
+        if self.check_files:
+            rules = rules_of(self)
+            ann_dir = self.data_prefix.get('seg_map_path')
+            if ann_dir and rules.labels:
+                self._check_labels(data_list, ann_dir)
+            backend = fileio.get_file_backend(img_dir, backend_args=self.backend_args)
+            if isinstance(backend, fileio.LocalBackend):
+                self._check_headers(data_list, rules)
         return data_list
 
     def _check_labels(self, data_list: list[dict], ann_dir: str) -> None:
@@ -56,3 +74,28 @@ class KNCityscapesDataset(CityscapesDataset):
                 "mmseg's tools/dataset_converters/cityscapes.py makes *_labelTrainIds.png from "
                 f"Cityscapes' polygons; for other data check seg_map_path and seg_map_suffix, or "
                 f'{_REMEDY}')
+
+    def _check_headers(self, data_list: list[dict], rules) -> None:
+        faults, stop = [], time.monotonic() + _SECONDS
+        # a generator of its own: the training's draws stay as they are
+        order = random.Random(0).sample(data_list, len(data_list))
+        for seen, sample in enumerate(order, 1):
+            faults += header_faults(sample['img_path'], sample.get('seg_map_path'), rules)
+            if time.monotonic() > stop and seen < len(order):
+                print_log(f'looked at {seen} of {len(order)} images in {_SECONDS:.0f} s; '
+                          'tools/misc/check_dataset.py looks at all', 'current')
+                break
+        labels = [d['seg_map_path'] for d in order if rules.labels and d.get('seg_map_path')]
+        for path in labels[:_DECODED] if not faults else ():
+            with open(path, 'rb') as file:
+                try:
+                    pixels = np.bincount(decode(file).ravel(), minlength=256)
+                    fault = value_fault(pixels, rules)
+                except ValueError as error:
+                    faults.append(f'{path} {error}')
+                else:
+                    faults += [f'{path}: {fault}'] if fault else []
+        if faults:
+            files = 'a bad file' if len(faults) == 1 else f'{len(faults)} bad files'
+            raise ValueError(f'{files} among those looked at (tools/misc/check_dataset.py looks '
+                             f'at all), e.g. {min(faults)}')

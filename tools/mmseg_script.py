@@ -1,4 +1,6 @@
 """Runs a script of the installed mmseg, so that its flags and behaviour stay mmseg's."""
+import errno
+import os
 import re
 import runpy
 from pathlib import Path
@@ -6,12 +8,23 @@ from pathlib import Path
 import mmseg
 import torch
 
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def cannot_write(error: OSError) -> bool:
+    """Whether a file or folder cannot be made or written, and nobody has said what to do."""
+    if isinstance(error.__cause__, OSError):  # mmseg_kn.resume has
+        return False
+    denied = error.errno == errno.EACCES and not os.path.exists(error.filename or '.')
+    return denied or error.errno in FULL_OR_READ_ONLY
+
 
 def run(name: str) -> None:
     """Runs mmseg's ``tools/<name>`` as the main program, with this process's arguments.
 
     Raises:
         FileNotFoundError: The installed mmseg carries no such script.
+        SystemExit: The work directory cannot be written, or mmpretrain is missing.
     """
     package = Path(mmseg.__file__).parent
     # A wheel keeps the tools in .mim, a source checkout beside the package.
@@ -28,6 +41,13 @@ def run(name: str) -> None:
                     'image classifiers need mmpretrain, pip install "mmseg_kn[mmpretrain]", and '
                     f'the torchvision that fits torch {torch.__version__}: docs/pretraining.md '
                     f'({str(error.args[0]).split(". ")[0]})') from None
+            except OSError as error:
+                if not cannot_write(error):
+                    raise
+                raise SystemExit(
+                    f'the work directory must be writable and have room, got {error}; make room '
+                    'or name another with --work-dir. Checkpoints written before are whole: '
+                    '--resume goes on from them') from None
             return
     raise FileNotFoundError(f'mmseg {mmseg.__version__} in {package} carries no tools/{name}; '
                             'reinstall mmsegmentation from its wheel')

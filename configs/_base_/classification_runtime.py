@@ -4,4 +4,4 @@ default_scope = 'mmpretrain'
 env_cfg = dict(cudnn_benchmark=True)
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=100),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
+    checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=1))

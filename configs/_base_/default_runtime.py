@@ -15,5 +15,6 @@ resume = False
 
 tta_model = dict(type='SegTTAModel')
 
-# logs stem_signal, and warns if the stem of a KernelNorm network is lost
-custom_hooks = [dict(type='StemSignalHook')]
+# The first logs stem_signal, and warns if the stem of a KernelNorm network is
+# lost. The second compares the classes of heads, data and checkpoint.
+custom_hooks = [dict(type='StemSignalHook'), dict(type='ClassCheckHook')]
