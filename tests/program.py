@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 def execute(*args, cwd, check=True):
     """Runs a Python program with one thread, away from the checkout; returns what it printed."""
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1',
+               PYTHONWARNINGS='error::DeprecationWarning:__main__')  # of the program itself
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert not check or done.returncode == 0, done.stdout[-4000:]

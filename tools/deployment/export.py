@@ -9,6 +9,8 @@ predict makes them of, `logits`, (N, classes, H, W).
     python tools/deployment/export.py CONFIG CHECKPOINT --format torchscript model.pt
 """
 import argparse
+import statistics
+import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,7 +94,9 @@ def load(fmt: str, path: Path):
     """Returns what runs the file: a function of an image."""
     if fmt == 'onnx':
         import onnxruntime
-        session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
         return lambda image: torch.from_numpy(session.run(None, dict(image=image.numpy()))[0])
     if fmt == 'torch_export':
         return torch.export.load(path).module()
@@ -123,6 +127,20 @@ def difference(deployed: Deployed, run, shape: tuple[int, int, int]) -> float:
     return (error / logits.abs().max()).item()
 
 
+def benchmark(deployed: Deployed, run, shape: tuple[int, int], rounds: int) -> str:
+    """Medians of model and file, which take turns on one image."""
+    image, seconds = torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8), ([], [])
+    for i in range(rounds + 1):  # the first warms up
+        for call, times in zip((deployed, run), seconds, strict=True):
+            start = time.perf_counter()
+            call(image)
+            times += [time.perf_counter() - start] * (i > 0)
+    model, file = map(statistics.median, seconds)
+    return (f'{shape[0]} x {shape[1]}, {torch.get_num_threads()} thread(s), {rounds} rounds: '
+            f'file {file * 1e3:.1f} ms, model {model * 1e3:.1f} ms, file / model '
+            f'{file / model:.2f}')
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,6 +154,8 @@ def parse_args() -> argparse.Namespace:
                         help='of the example; the file takes others too (256 512)')
     parser.add_argument('--dtype', default='float32', choices=DTYPES,
                         help='what the network computes in (%(default)s)')
+    parser.add_argument('--benchmark', type=int, default=0, metavar='ROUNDS',
+                        help='also measure file and model, at --shape, on the CPU')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of the config, as in test.py')
     return parser.parse_args()
@@ -168,6 +188,8 @@ def main() -> None:
                              f'logit at {shape}: {args.out} was removed')
     print(f'{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, differs from the model by at '
           f'most {worst:.1g} of its largest logit')
+    if args.benchmark:
+        print(benchmark(deployed, run, (height, width), args.benchmark))
 
 
 if __name__ == '__main__':
