@@ -24,7 +24,8 @@ _INSTALL = 'pip install "mmseg_kn[lite]" (no compiled ops), "mmseg_kn[mmcv]" or 
 
 
 def setup():
-    """Checks the stack, lets mmseg import without compiled ops, secures checkpoint loading.
+    """Checks the stack, lets mmseg import without compiled ops, secures checkpoint loading,
+    lets torchrun's processes train on CPUs.
 
     Called when mmseg_kn is imported; calling it again changes nothing.
     """
@@ -33,6 +34,7 @@ def setup():
         _check_undeclared()
         _import_ops()
     _register_loaders()
+    _let_cpus_distribute()
 
 
 def _import_stack():
@@ -334,3 +336,47 @@ def _safe_globals():
         (SavedHistory, 'mmengine.logging.history_buffer.HistoryBuffer'),
         (saved_getattr, 'builtins.getattr'),
     ]
+
+
+def _let_cpus_distribute():
+    """Makes `--launcher pytorch` work where mmengine finds no accelerator, and only there.
+
+    mmengine calls torch.cuda.set_device whatever there is, and names a device to
+    DistributedDataParallel, which takes none for a model on the CPU.
+    """
+    from mmengine.dist import utils
+    from mmengine.model import MMDistributedDataParallel
+
+    if utils._init_dist_pytorch.__module__ == __name__:
+        return  # done already
+    utils._init_dist_pytorch = _init_dist_pytorch(utils._init_dist_pytorch)
+    MMDistributedDataParallel.__init__ = _wrap_on_cpu(MMDistributedDataParallel.__init__)
+
+
+def _init_dist_pytorch(original):
+    @functools.wraps(original, assigned=())
+    def init(backend, *args, **kwargs):
+        from mmengine.device import get_device
+
+        if get_device() != 'cpu':  # asked when training starts, so that importing starts no GPU
+            return original(backend, *args, **kwargs)
+        if backend == 'nccl':
+            raise ValueError(
+                "the backend 'nccl' needs GPUs, and torch finds none: check nvidia-smi and "
+                'CUDA_VISIBLE_DEVICES; or, to use the CPU, add '
+                '--cfg-options env_cfg.dist_cfg.backend=gloo'
+            )
+        kwargs.pop('init_backend', None)  # DeepSpeed and ColossalAI have no such path
+        torch.distributed.init_process_group(backend, *args, **kwargs)
+
+    return init
+
+
+def _wrap_on_cpu(original):
+    @functools.wraps(original)
+    def init(self, module, *args, device_ids=None, **kwargs):
+        if all(p.device.type == 'cpu' for p in module.parameters()):
+            device_ids = None
+        original(self, module, *args, device_ids=device_ids, **kwargs)
+
+    return init

@@ -13,7 +13,8 @@ def execute(*args, cwd, check=True, path=()):
     It can import from ``path``, folders, too.
     """
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (ROOT, *path))),
-               OMP_NUM_THREADS='1')
+               OMP_NUM_THREADS='1',
+               PYTHONWARNINGS='error::DeprecationWarning:__main__')  # of the program itself
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert not check or done.returncode == 0, done.stdout[-4000:]

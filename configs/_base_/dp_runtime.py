@@ -1,6 +1,8 @@
 # Differentially private training, see docs/privacy.md
 _base_ = './default_runtime.py'
 custom_imports = dict(imports=['mmseg_kn', 'mmseg_kn.privacy'])
-custom_hooks = [dict(type='StemSignalHook'), dict(type='DPHook')]
+custom_hooks = [
+    dict(type='StemSignalHook'), dict(type='ClassCheckHook'), dict(type='DPHook')
+]
 # without effect on one GPU
 model_wrapper_cfg = dict(type='MMDPDistributedDataParallel')

@@ -1,0 +1,57 @@
+"""Segments images with a file that tools/deployment/export.py wrote; needs no mmseg and no torch.
+
+    pip install numpy pillow onnxruntime
+    python infer_onnx.py model.onnx street.png another.png --out-dir out
+
+writes the labels of out/street.png, one byte a pixel, as mmseg's pred_sem_seg has them. The file
+stands alone: copy it beside the model. --size resizes what the network sees, height and width;
+the labels come back in the image's size.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def segment(session, image: Image.Image, size=None) -> np.ndarray:
+    """Labels (H, W), uint8, of an image of H x W pixels."""
+    seen = image.convert('RGB')
+    if size is not None:
+        seen = seen.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(seen).transpose(2, 0, 1)[None]  # (1, 3, H, W), RGB, uint8
+    output, = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(pixels)})
+    labels = output[0] if output.ndim == 3 else output[0].argmax(0)  # --output logits
+    labels = Image.fromarray(labels.astype(np.uint8))
+    return np.asarray(labels.resize(image.size, Image.Resampling.NEAREST))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', help='ONNX file')
+    parser.add_argument('images', nargs='+', type=Path)
+    parser.add_argument('--out-dir', type=Path, default=Path('out'), help='(%(default)s)')
+    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
+                        help="that the network sees (each image's own)")
+    parser.add_argument('--threads', type=int, default=0, help='0 for all cores (%(default)s)')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    session = onnxruntime.InferenceSession(args.model, options,
+                                           providers=onnxruntime.get_available_providers())
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    for path in args.images:
+        labels = segment(session, Image.open(path), args.size)
+        out = args.out_dir / f'{path.stem}.png'
+        Image.fromarray(labels).save(out)
+        print(f'{out}: {labels.shape[0]} x {labels.shape[1]}, labels {np.unique(labels).tolist()}')
+
+
+if __name__ == '__main__':
+    main()
