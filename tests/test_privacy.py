@@ -153,6 +153,33 @@ def test_networks_that_work_in_place(norm):
         torch.testing.assert_close(p.grad_sample, torch.stack(grads), rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize('clipping', ['flat', 'ghost'])
+def test_a_sample_that_is_not_finite_spoils_nothing(clipping):
+    net, x = Net(), make_input(torch.float32)
+    x[1, 0, 0, 0] = math.nan
+    before = [p.detach().clone() for p in net.parameters()]
+    wrapper_for(net, max_grad_norm=0.1, clipping=clipping).update_params(loss_of(net, x))
+    moved = math.sqrt(sum((p.detach() - b).square().sum()
+                          for p, b in zip(net.parameters(), before, strict=True)))
+    assert 0 < moved <= 0.1 * (1 + 1e-5)
+
+
+def test_one_image_is_one_sample():
+    net = Net()
+    wrapper = wrapper_for(net)
+    wrapper.num_samples = 1
+    with pytest.raises(ValueError, match='1 images gave 3 gradients of stem.weight'):
+        wrapper.update_params(loss_of(net, make_input(torch.float32)))
+
+
+def test_a_residual_by_position():
+    layer = KNConv2d(4, 4, 1, dropout_p=0.).double()
+    GradSampler(layer)
+    x = make_input()
+    layer(x, x).square().flatten(1).sum(1).mean().backward()
+    torch.testing.assert_close(layer.weight.grad_sample.mean(0), layer.weight.grad)
+
+
 def test_an_input_overwritten_after_its_use_is_an_error():
     class Overwrites(nn.Module):
         def __init__(self):
@@ -190,19 +217,6 @@ def wrapper_for(net, steps=10, rate=0.5, batch_size=3, state=None, lr=1.0, **kwa
     return wrapper
 
 
-class Head(Net):
-    """Net as a segmentor with a decode_head, which ghost clipping asks for."""
-
-    def __init__(self):
-        super().__init__()
-        self.decode_head = self.head
-        del self.head
-
-    @property
-    def head(self):
-        return self.decode_head
-
-
 def grads_one_by_one(net, x):
     return [torch.autograd.grad(loss_of(net, x[i:i + 1]), list(net.parameters()))
             for i in range(len(x))]
@@ -212,7 +226,7 @@ def grads_one_by_one(net, x):
 @pytest.mark.parametrize('bound', [1e-2, 1e3])
 def test_the_clipped_sum_is_what_is_stepped_with(clipping, bound):
     torch.manual_seed(0)
-    net = Head().double()
+    net = Net().double()
     x = make_input()
     samples = grads_one_by_one(net, x)
     norms = [math.sqrt(sum(g.square().sum() for g in grads)) for grads in samples]
@@ -229,7 +243,7 @@ def test_the_clipped_sum_is_what_is_stepped_with(clipping, bound):
 @pytest.mark.parametrize('scale', [1e-3, 1.0, 1e4])
 def test_clipped_norm(clipping, scale):
     """Never above C, and C where clipping binds."""
-    net, bound = Head(), 0.5
+    net, bound = Net(), 0.5
     x = make_input(torch.float32, n=1)
     norm = math.sqrt(sum(g.square().sum() for g in torch.autograd.grad(
         scale * loss_of(net, x), list(net.parameters()))))
@@ -245,13 +259,13 @@ def test_clipped_norm(clipping, scale):
 @pytest.mark.parametrize('clipping', ['flat', 'ghost'])
 def test_parts_equal_the_whole_batch(clipping):
     torch.manual_seed(0)
-    whole = Head().double()
+    whole = Net().double()
     parts = copy.deepcopy(whole)
     x = make_input(n=5)
     wrapper_for(whole, max_grad_norm=0.02, clipping=clipping).update_params(loss_of(whole, x))
     wrapper = wrapper_for(parts, max_grad_norm=0.02, clipping=clipping)
     for batch in (x[:2], x[2:4], x[4:]):
-        wrapper.more_parts = batch is not None and len(batch) == 2
+        wrapper.more_parts = len(batch) == 2
         wrapper.update_params(loss_of(parts, batch))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
@@ -261,9 +275,9 @@ def test_parts_equal_the_whole_batch(clipping):
 @pytest.mark.parametrize('clipping', ['flat', 'ghost'])
 def test_an_empty_batch_is_a_step_of_noise_alone(clipping):
     sigma, bound, batch_size = 1.5, 0.7, 4
-    net = Head()
+    net = Net()
     net.conv = KNConv2d(8, 8, 3, padding=1)
-    net.decode_head = nn.Conv2d(8, 4000, 3)
+    net.head = nn.Conv2d(8, 4000, 3)
     before = [p.detach().clone() for p in net.parameters()]
     wrapper = wrapper_for(net, noise_multiplier=sigma, max_grad_norm=bound,
                           batch_size=batch_size, clipping=clipping)
@@ -279,7 +293,7 @@ def test_an_empty_batch_is_a_step_of_noise_alone(clipping):
 def test_the_same_training_seed_gives_other_noise():
     def noise(**kwargs):
         torch.manual_seed(0)
-        net = Head()
+        net = Net()
         wrapper_for(net, noise_multiplier=1., **kwargs).step_empty()
         return net.stem.weight.detach()
 
@@ -290,7 +304,7 @@ def test_the_same_training_seed_gives_other_noise():
 @pytest.mark.parametrize('accountant', ['prv', 'rdp'])
 def test_target_epsilon_is_met_and_not_exceeded(accountant):
     steps, rate = 40, 0.1
-    wrapper = wrapper_for(Head(), noise_multiplier=None, target_epsilon=4.0, steps=steps,
+    wrapper = wrapper_for(Net(), noise_multiplier=None, target_epsilon=4.0, steps=steps,
                           rate=rate, accountant=accountant)
     assert wrapper.epsilon() == 0
     for _ in range(steps):
@@ -304,21 +318,21 @@ def test_target_epsilon_is_met_and_not_exceeded(accountant):
 
 def test_a_resumed_account_goes_on():
     kwargs = dict(noise_multiplier=None, target_epsilon=4.0, steps=20, accountant='rdp')
-    whole, first = wrapper_for(Head(), **kwargs), wrapper_for(Head(), **kwargs)
+    whole, first = wrapper_for(Net(), **kwargs), wrapper_for(Net(), **kwargs)
     for _ in range(20):
         whole.step_empty()
     for _ in range(7):
         first.step_empty()
     state = first.privacy_state()
-    second = wrapper_for(Head(), state=state, **kwargs)
+    second = wrapper_for(Net(), state=state, **kwargs)
     assert second.noise_multiplier == first.noise_multiplier
     for _ in range(13):
         second.step_empty()
     assert second.epsilon() == whole.epsilon()
     assert state['history'] == [(first.noise_multiplier, 0.5, 7)]
     with pytest.raises(ValueError, match='steps.*noise_multiplier='):
-        wrapper_for(Head(), state=state, **dict(kwargs, steps=30))
-    longer = wrapper_for(Head(), state=state, noise_multiplier=2., steps=30)
+        wrapper_for(Net(), state=state, **dict(kwargs, steps=30))
+    longer = wrapper_for(Net(), state=state, noise_multiplier=2., steps=30)
     longer.step_empty()
     assert longer.privacy_state()['history'] == [*state['history'], (2., 0.5, 1)]
 
@@ -342,11 +356,11 @@ def test_epsilon_without_noise_is_infinite():
 ])
 def test_refused_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        wrapper_for(Head(), **kwargs)
+        wrapper_for(Net(), **kwargs)
 
 
 def test_unattached_and_unused():
-    net = Head()
+    net = Net()
     cfg = dict(type='DPOptimWrapper', optimizer=dict(type='SGD', lr=1.), noise_multiplier=1.,
                max_grad_norm=1., target_delta=1e-5)
     with pytest.raises(ValueError, match='DPHook'):
@@ -357,7 +371,7 @@ def test_unattached_and_unused():
 
 
 def test_bfloat16_forward_clips_in_float32():
-    net, bound = Head(), 0.5
+    net, bound = Net(), 0.5
     x = make_input(torch.float32, n=1)
     wrapper = wrapper_for(net, max_grad_norm=bound, batch_size=1, dtype='bfloat16')
     before = [p.detach().clone() for p in net.parameters()]
@@ -367,6 +381,31 @@ def test_bfloat16_forward_clips_in_float32():
     moved = math.sqrt(sum((p.detach() - b).square().sum()
                           for p, b in zip(net.parameters(), before, strict=True)))
     assert moved == pytest.approx(bound, rel=1e-5)
+
+
+def test_generators_have_all_their_states(monkeypatch):
+    """torch's own take 32 bits of a seed; these differ where those would agree."""
+    from mmseg_kn.privacy import randomness
+    monkeypatch.setattr(randomness.secrets, 'randbits', lambda bits: 5)
+    a, b = (torch.randn(1000, generator=randomness.secret_generator()) for _ in range(2))
+    assert not torch.equal(a, b)
+    assert abs(a.mean()) < 0.2 and abs(a.std() - 1) < 0.2
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.2
+
+
+def test_seeding_secretly():
+    import random
+
+    import numpy as np
+
+    from mmseg_kn.privacy.randomness import seed_secretly
+
+    def draws():
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        seed_secretly()
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    assert not set(draws()) & set(draws())
 
 
 class Items:

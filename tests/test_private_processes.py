@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 pytest.importorskip('opacus')
 
-from test_privacy import Head, loss_of, make_input, wrapper_for  # noqa: E402
+from test_privacy import Net, loss_of, make_input, wrapper_for  # noqa: E402
 
 from mmseg_kn.privacy import MMDPDistributedDataParallel  # noqa: E402
 
@@ -21,8 +21,8 @@ def weights(net):
 
 def big_head():
     torch.manual_seed(0)
-    net = Head().double()
-    net.decode_head = torch.nn.Conv2d(8, 2000, 3, dtype=torch.double)
+    net = Net().double()
+    net.head = torch.nn.Conv2d(8, 2000, 3, dtype=torch.double)
     return net
 
 
@@ -30,7 +30,7 @@ def one_of_two(rank, folder, clipping):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     torch.manual_seed(rank)  # other weights until the wrapper equals them
-    net = Head().double()
+    net = Net().double()
     MMDPDistributedDataParallel(net)
     start = weights(net)
     wrapper = wrapper_for(net, max_grad_norm=BOUND, batch_size=BATCH, clipping=clipping)
@@ -62,7 +62,7 @@ def test_two_processes(tmp_path, clipping):
         assert all(torch.equal(p, q) for p, q in zip(a[key], b[key], strict=True)), key
 
     # what one process does with all five samples, and the expected batch of both
-    net = Head().double()
+    net = Net().double()
     with torch.no_grad():
         for p, value in zip(net.parameters(), a['start'], strict=True):
             p.copy_(value)

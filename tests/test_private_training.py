@@ -1,5 +1,6 @@
 """Private training through mmengine's runner: what is refused, logged, saved and resumed."""
 import copy
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.dataset import ClassBalancedDataset  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
-from mmseg.models.losses import LovaszLoss, OhemCrossEntropy  # noqa: E402
+from mmseg.models.losses import BoundaryLoss, LovaszLoss, OhemCrossEntropy  # noqa: E402
 from mmseg.registry import TRANSFORMS  # noqa: E402
 from opacus.accountants import create_accountant  # noqa: E402
 from program import ROOT, execute  # noqa: E402
@@ -87,6 +88,21 @@ def ordinary_wrapper(cfg):
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=cfg.optim_wrapper.optimizer)
 
 
+def in_a_slice(cfg):
+    repeat('RepeatDataset', times=2)(cfg)
+    cfg.train_dataloader.num_batch_per_epoch = 4
+
+
+def by_other_paths(cfg):
+    twice(cfg)
+    second = cfg.train_dataloader.dataset.datasets[1]
+    second.data_root = second.data_root + '/.'
+
+
+def seeded_iterations(cfg):
+    cfg.custom_hooks.append(dict(type='IterationSeedHook'))
+
+
 def no_hook(cfg):
     cfg.custom_hooks = []
 
@@ -127,6 +143,9 @@ REFUSED = {
     'batch_augments': (setting(model__data_preprocessor__batch_augments=[]), 'batch_augments'),
     'RepeatDataset': (repeat('RepeatDataset', times=2), 'RepeatDataset.*several chances'),
     'MultiImageMixDataset': (repeat('MultiImageMixDataset', pipeline=[]), 'mixes images'),
+    'slice': (in_a_slice, 'RepeatDataset.*several chances'),
+    'paths': (by_other_paths, '8 of 16 items.*list every image once'),
+    'IterationSeedHook': (seeded_iterations, 'repeat the dropout.*custom_hooks without it'),
     'twice': (twice, '8 of 16 items.*list every image once'),
     'with_cp': (setting(model__backbone__with_cp=True), 'with_cp=True.*max_physical_batch_size'),
     'activation_checkpointing': (setting(activation_checkpointing=['backbone']),
@@ -151,6 +170,17 @@ class CountsImages(nn.Identity):
         return x
 
 
+class Remembers(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean += x.mean()
+        return x
+
+
 class SumLoss(nn.Module):
     loss_name = 'loss_sum'
 
@@ -162,7 +192,11 @@ PROBED = {
     'layer': (lambda head: setattr(head, 'conv_seg', MixesSamples(8, 19, 1)),
               r'gradient of a sample changed by [\d.]+ %'),
     'buffer': (lambda head: setattr(head, 'dropout', CountsImages()),
-               'changed the buffer decode_head.dropout.count'),
+               'changed decode_head.dropout.count'),
+    'weight': (lambda head: setattr(head, 'dropout', Remembers()),
+               'changed decode_head.dropout.mean'),
+    'padding': (lambda head: setattr(head, 'conv_seg', nn.Conv2d(
+        8, 19, 3, padding=1, padding_mode='circular')), 'add up to that of decode_head.conv_seg'),
     'loss': (lambda head: setattr(head, 'loss_decode', SumLoss()), 'is not the mean of theirs'),
 }
 
@@ -175,15 +209,13 @@ def test_refused(cfg, name):
         train(cfg)
 
 
-@pytest.mark.parametrize('clipping', ['flat', 'ghost'])
 @pytest.mark.parametrize('name', PROBED)
-def test_what_no_list_knows_is_found_by_the_probe(cfg, name, clipping):
+def test_what_no_list_knows_is_found_by_the_probe(cfg, name):
     change, message = PROBED[name]
-    cfg.optim_wrapper.clipping = clipping
     cfg.train_dataloader.batch_size = 8  # the first batch has every image
     runner = Runner.from_cfg(cfg)
     change(runner.model.decode_head)
-    with pytest.raises(ValueError, match=f'not private: .*{message}'):
+    with pytest.raises(ValueError, match=message):
         runner.train()
 
 
@@ -202,6 +234,7 @@ def frozen(norm):
     (nn.BatchNorm2d(4).eval(), 'trains weights beside buffers'),
     (OhemCrossEntropy(), 'chooses its pixels over the whole batch'),
     (LovaszLoss(reduction='none'), 'ranks pixels'),
+    (BoundaryLoss(), 'counts the edges of the whole batch'),
 ], ids=lambda value: str(value)[:60])
 def test_layers_and_losses_that_mix(module, message):
     with pytest.raises(ValueError, match=f'not private: x .*{message}'):
@@ -276,7 +309,8 @@ def test_runs_resume_and_report(tmp_path, options, scenes):
     opacus_says.history = [(sigma, rate, steps)]
     assert opacus_says.get_epsilon(1e-5) == pytest.approx(spent[-1], abs=1e-4)
     logged = checkpoint['message_hub']['log_scalars']
-    assert 'train/epsilon' in logged and not any('loss' in name for name in logged)
+    assert {name for name in logged if name.startswith('train/')} == {
+        'train/epsilon', 'train/lr', 'train/base_lr'} & set(logged) | {'train/epsilon'}
 
     # the checkpoint is that of the plain config: its own tools take it
     plain = ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x256.py'
@@ -309,6 +343,38 @@ def test_resuming_from_a_checkpoint_that_was_not_private(cfg):
     cfg.resume, cfg.load_from = True, f'{cfg.work_dir}/iter_2.pth'
     with pytest.raises(ValueError, match='not trained privately.*load_from'):
         train(cfg)
+
+
+@pytest.mark.parametrize('clipping', ['flat', 'ghost'])
+def test_one_image_moves_a_segmentor_by_the_bound(cfg, clipping, monkeypatch):
+    from mmseg_kn.privacy import PoissonBatchSampler
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.optim_wrapper.update(noise_multiplier=0., max_grad_norm=0.01, clipping=clipping,
+                             optimizer=dict(type='SGD', lr=1.0))
+    cfg.train_cfg.max_iters, cfg.param_scheduler = 1, None
+    monkeypatch.setattr(PoissonBatchSampler, '__iter__', lambda self: iter([[5], []]))
+    runner = Runner.from_cfg(cfg)
+    before = [p.detach().clone() for p in runner.model.parameters()]
+    runner._init_model_weights = lambda: None
+    runner.train()
+    moved = sum((p.detach() - b).square().sum()
+                for p, b in zip(runner.model.parameters(), before, strict=True)).sqrt()
+    assert moved.item() == pytest.approx(0.01 / 2, rel=1e-3)  # of an expected batch of two
+
+
+def test_repeated_indices_are_refused():
+    with pytest.raises(ValueError, match='1 of 3 items'):
+        check_dataset(torch.utils.data.Subset(range(5), [1, 2, 1]))
+
+
+def test_repeatable_noise_is_no_protection(cfg, tmp_path):
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.optim_wrapper.noise_seed = 1
+    cfg.train_cfg.max_iters = 2
+    assert train(cfg).optim_wrapper.epsilon() == math.inf
+    report = execute(ROOT / 'tools/analysis_tools/privacy_report.py', f'{cfg.work_dir}/iter_2.pth',
+                     cwd=tmp_path)
+    assert 'infinite: noise_seed was set' in report
 
 
 def test_an_image_that_fails_is_not_replaced_by_another(cfg):

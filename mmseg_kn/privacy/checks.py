@@ -1,11 +1,15 @@
 """Refuses, before training, settings that would silently break the guarantee."""
+import os
+
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.model import is_model_wrapper
 from mmseg.datasets import MultiImageMixDataset
-from mmseg.models.losses import LovaszLoss, OhemCrossEntropy
+from mmseg.models.losses import BoundaryLoss, LovaszLoss, OhemCrossEntropy
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.data import Subset
 
+from ..resume import IterationSeedHook
 from .distributed import MMDPDistributedDataParallel
 from .optim_wrapper import DPOptimWrapper
 from .sampler import PoissonBatchSampler
@@ -35,6 +39,9 @@ def check_training(runner) -> None:
     if runner.distributed and not isinstance(runner.model, MMDPDistributedDataParallel):
         _refuse(f'{type(runner.model).__name__} exchanges gradients that are not yet clipped',
                 "model_wrapper_cfg=dict(type='MMDPDistributedDataParallel')")
+    if any(isinstance(hook, IterationSeedHook) for hook in runner.hooks):
+        _refuse('IterationSeedHook lets anyone repeat the dropout of each iteration, by the seed '
+                'that checkpoints hold', 'custom_hooks without it')
     if runner.cfg.get('compile'):
         _refuse('a compiled model calls no hooks, which clipping needs', 'compile=False')
     if runner.cfg.get('activation_checkpointing'):
@@ -68,6 +75,7 @@ def check_module(name: str, module: nn.Module) -> None:
         _refuse(f'{name} ({kind}) chooses its pixels over the whole batch', 'sampler=None')
     problem = next((problem for applies, problem in (
         (isinstance(module, OhemCrossEntropy), 'chooses its pixels over the whole batch'),
+        (isinstance(module, BoundaryLoss), 'counts the edges of the whole batch'),
         (isinstance(module, LovaszLoss) and not module.per_image,
          'ranks pixels over the whole batch (per_image=False)'),
         (getattr(module, 'avg_non_ignore', False),
@@ -96,6 +104,7 @@ def check_preprocessor(preprocessor: nn.Module) -> None:
 
 def check_dataset(dataset) -> None:
     """Refuses data in which one image can come twice into a batch."""
+    dataset = getattr(dataset, '_dataset', dataset)  # num_batch_per_epoch takes a slice of it
     if isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):
         _refuse(f'{type(dataset).__name__} gives an image several chances to be drawn',
                 'the dataset itself')
@@ -106,9 +115,16 @@ def check_dataset(dataset) -> None:
         dataset.dataset] if hasattr(dataset, 'dataset') else []
     for part in parts:
         check_dataset(part)
-    if not hasattr(dataset, 'get_data_info'):
+    if getattr(dataset, 'max_refetch', 0):
+        _refuse(f'{type(dataset).__name__} takes another image where one fails',
+                'max_refetch=0')
+    if isinstance(dataset, Subset):
+        paths = list(dataset.indices)
+    elif hasattr(dataset, 'get_data_info'):
+        paths = [os.path.realpath(info['img_path']) if 'img_path' in info else i
+                 for i, info in enumerate(map(dataset.get_data_info, range(len(dataset))))]
+    else:
         return
-    paths = [dataset.get_data_info(i).get('img_path', i) for i in range(len(dataset))]
     twice = len(paths) - len(set(paths))
     if twice:
         raise ValueError(f'{twice} of {len(paths)} items of the training data name an image that '

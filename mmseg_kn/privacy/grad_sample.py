@@ -69,12 +69,18 @@ class GradSampler:
 
     Args:
         model: Its layers with parameters must take (N, ...) tensors and return one.
-        norms_only: Keep the norms alone, (N,), in ``p.norm_sample``, for :meth:`norms`.
+
+    Attributes:
+        keep: What backward leaves: ``'gradients'``, or ``'norms'`` alone, (N,), in
+            ``p.norm_sample``, or their ``'clipped sum'``, weighted by ``clip_factors``, in
+            ``p.clipped_sum``. An element that is not finite counts as 0, so that no sample can
+            spoil the sum.
+        clip_factors: (N,).
     """
 
-    def __init__(self, model: nn.Module, norms_only: bool = False) -> None:
-        self.norms_only = norms_only
-        self.enabled = True
+    def __init__(self, model: nn.Module) -> None:
+        self.keep = 'gradients'
+        self.clip_factors = None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.modules = list(_layers(model))
         for module in self.modules:
@@ -97,7 +103,7 @@ class GradSampler:
 
     def clear(self) -> None:
         for p in self.parameters:
-            p.grad_sample = p.norm_sample = None
+            p.grad_sample = p.norm_sample = p.clipped_sum = None
 
     def norms(self) -> Tensor:
         """Norm of each sample's gradient over all parameters, (N,)."""
@@ -107,11 +113,17 @@ class GradSampler:
         moments = ()
         if isinstance(module, KNConv2d):
             moments, module.moments = module.moments, None
-        if not (self.enabled and module.training and output.requires_grad):
+        if not module.training or not torch.is_grad_enabled():
+            return None
+        if not isinstance(output, Tensor):
+            raise ValueError(f'{type(module).__name__} returns a {type(output).__name__}; layers '
+                             'with parameters must return one tensor to be trained privately')
+        if not output.requires_grad:
             return None
         if output._is_view():  # which loses its hook when it is modified in place
             output = output.clone()
-        captured = [t.detach() for t in (*args, *moments)]
+        inputs = args[:1] if isinstance(module, KNConv2d) else args  # a residual may follow
+        captured = [t.detach() for t in (*inputs, *moments)]
         if isinstance(module, KNConv2d) and module.activation:
             captured.append(output.detach())
         versions = [t._version for t in captured]
@@ -120,8 +132,6 @@ class GradSampler:
 
     def _take(self, module: nn.Module, captured: list[Tensor], versions: list[int],
               grad: Tensor) -> None:
-        if not self.enabled:
-            return
         if versions != [t._version for t in captured]:
             raise ValueError(f'the input or output of {type(module).__name__} was modified in '
                              'place after its forward, so that its per-sample gradients are '
@@ -133,11 +143,14 @@ class GradSampler:
         for p, grad_sample in sampler(module, captured, grad).items():
             if not p.requires_grad:
                 continue
-            if not self.norms_only:
+            grad_sample = torch.nan_to_num(grad_sample, 0, 0, 0)
+            if self.keep == 'gradients':
                 p.grad_sample = grad_sample if p.grad_sample is None else (
                     p.grad_sample + grad_sample)
+            elif self.keep == 'clipped sum':
+                p.clipped_sum = torch.einsum('n,n...', self.clip_factors, grad_sample)
             elif p.norm_sample is None:
-                p.norm_sample = grad_sample.flatten(1).norm(2, dim=1)
+                p.norm_sample = grad_sample.reshape(len(grad_sample), -1).norm(2, dim=1)
             else:
                 raise ValueError(f'{type(module).__name__} runs twice in a forward, so that its '
                                  "norms are not known layer by layer; take clipping='flat'")

@@ -5,13 +5,14 @@ from mmengine.registry import HOOKS
 
 from .checks import check_training
 from .probe import check_batch
+from .randomness import seed_secretly
 
 _WARNING = (
     'losses, accuracies and other values of the training data in the log are not private; nor '
     'does epsilon cover choosing settings or checkpoints by private data, or an earlier '
     'training on the same data')
 # What a checkpoint may hold of the log: functions of the settings, not of the data.
-_PUBLIC = ('lr', 'base_lr', 'momentum', 'base_momentum', 'epsilon', 'time', 'data_time', 'memory')
+_PUBLIC = ('lr', 'base_lr', 'momentum', 'base_momentum', 'epsilon')
 
 
 @HOOKS.register_module()
@@ -19,15 +20,22 @@ class DPHook(Hook):
     """What differentially private training needs beside ``DPOptimWrapper``.
 
     Before training it refuses what would break the guarantee and attaches the wrapper to the
-    model, after a checkpoint has been loaded. The first batch is probed for samples that
-    influence each other. Epsilon is logged with every line of the log. Checkpoints carry the
-    account in ``meta['privacy']``, and of the log only what does not depend on the data; a
+    model, after a checkpoint has been loaded. Batches are probed for samples that influence each
+    other. Epsilon is logged with every line of the log. Checkpoints carry the account in
+    ``meta['privacy']``, and of the training's log only what does not depend on the data; a
     resumed training goes on with the account.
+
+    Args:
+        probe_interval: Iterations between two probes; the first batch is probed in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, probe_interval: int = 500) -> None:
+        if probe_interval < 1:
+            raise ValueError(f'probe_interval must be at least 1, got {probe_interval}')
+        self.probe_interval = probe_interval
         self.state = None
-        self.probed = False
+        self.loaded_private = False
+        self.probe_due = True
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         state = checkpoint.get('meta', {}).get('privacy')
@@ -37,12 +45,12 @@ class DPHook(Hook):
                                  'that no account of its steps exists; start anew with '
                                  'load_from, if its data were other than these')
             self.state = state
-        elif state is not None:
-            runner.logger.warning('load_from was itself trained privately; if on the same data, '
-                                  'its epsilon adds to that of this training')
+        else:
+            self.loaded_private = state is not None
 
     def before_train(self, runner) -> None:
         check_training(runner)
+        seed_secretly()
         loop, wrapper, sampler = _parts(runner)
         wrapper.attach(_bare(runner.model), sample_rate=sampler.sample_rate,
                        batch_size=sampler.batch_size, steps=loop.max_iters,
@@ -54,6 +62,9 @@ class DPHook(Hook):
             'rate {sample_rate:.5f} ({batch_size} of {num_items} items), {steps} steps, clipped '
             'at {max_grad_norm}, delta {target_delta}, accountant {accountant}'.format(**setting))
         runner.logger.warning(_WARNING)
+        if self.loaded_private:
+            runner.logger.warning('load_from was itself trained privately; if on the same data, '
+                                  'its epsilon adds to that of this training')
         if wrapper.noise_seed is not None:
             runner.logger.warning('noise_seed is set: whoever knows it can take the noise away, '
                                   'and nothing is protected')
@@ -63,9 +74,10 @@ class DPHook(Hook):
                 'items: publishing one of them outright would satisfy it')
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if not self.probed and data_batch['inputs']:
+        self.probe_due |= self.every_n_train_iters(runner, self.probe_interval)
+        if self.probe_due and data_batch['inputs']:
             check_batch(_bare(runner.model), runner.optim_wrapper, data_batch)
-            self.probed = True
+            self.probe_due = False
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
@@ -77,6 +89,7 @@ class DPHook(Hook):
         for name in list(scalars):
             if name.startswith('train/') and name.removeprefix('train/') not in _PUBLIC:
                 del scalars[name]
+        checkpoint['message_hub']['runtime_info'].pop('eta', None)  # tells sizes of batches
 
 
 def _bare(model):

@@ -30,7 +30,9 @@ class DPIterBasedTrainLoop(IterBasedTrainLoop):
         self.max_physical_batch_size = max_physical_batch_size
         if isinstance(dataloader, dict):
             dataloader.setdefault('collate_fn', dict(type='private_collate'))
-            forbid_refetch(dataloader['dataset'])
+            dataloader['worker_init_fn'] = dict(type='seed_worker_secretly')
+            if isinstance(dataloader['dataset'], dict):
+                forbid_refetch(dataloader['dataset'])
         super().__init__(runner, dataloader, *args, **kwargs)
 
     def run(self) -> None:
@@ -46,9 +48,10 @@ class DPIterBasedTrainLoop(IterBasedTrainLoop):
         parts, outputs = split_batch(data_batch, self.max_physical_batch_size), {}
         for i, part in enumerate(parts):
             wrapper.more_parts = i + 1 < len(parts)
-            share = len(part['inputs']) / len(data_batch['inputs'])
+            wrapper.num_samples = len(part['inputs'])
+            share = wrapper.num_samples / len(data_batch['inputs'])
             for name, value in runner.model.train_step(part, optim_wrapper=wrapper).items():
-                outputs[name] = outputs.get(name, 0) + share * value
+                outputs[name] = outputs.get(name, 0) + share * value.detach()
         if not parts:
             wrapper.step_empty()
         runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=data_batch,

@@ -1,5 +1,4 @@
 """Steps of DP-SGD: clip each sample's gradient, sum, add noise, account."""
-import secrets
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 
@@ -14,6 +13,7 @@ from opacus.optimizers import get_optimizer_class
 from torch import Tensor, nn
 
 from .grad_sample import GradSampler
+from .randomness import secret_generator
 
 ACCOUNTANTS = ('prv', 'rdp')  # opacus's third, gdp, may say too little
 CLIPPINGS = ('flat', 'ghost')
@@ -54,7 +54,7 @@ class DPOptimWrapper(OptimWrapper):
             within it to the end of training.
         accountant: ``'prv'`` (tightest) or ``'rdp'``, opacus's.
         clipping: ``'flat'``, or ``'ghost'``: a second backward pass in place of keeping the
-            gradients of all samples.
+            gradients of all samples and layers at once.
         dtype: ``'bfloat16'`` runs forward under autocast; None does not.
         noise_seed: Makes noise repeatable, and void as a protection: for tests.
 
@@ -110,6 +110,7 @@ class DPOptimWrapper(OptimWrapper):
         self.noise_seed = noise_seed
         self.grad_sampler = None
         self.more_parts = False  # of the logical batch follow: accumulate, do not step yet
+        self.num_samples = None  # in this part, where it is known
 
     def attach(self, model: nn.Module, *, sample_rate: float, batch_size: int, steps: int,
                num_items: int, state: dict | None = None) -> None:
@@ -142,34 +143,25 @@ class DPOptimWrapper(OptimWrapper):
                 self.noise_multiplier = state['noise_multiplier']
         rank, world_size = get_dist_info()
         self.setting = dict(setting, batch_size=batch_size * world_size, clipping=self.clipping,
-                            noise_multiplier=float(self.noise_multiplier))
+                            noise_multiplier=float(self.noise_multiplier),
+                            noise_seed=self.noise_seed)
         counter = create_accountant(self.accountant)
         counter.history = [tuple(entry) for entry in state['history']] if state else []
         self.counter = counter
 
         optimizer = self.optimizer
         device = optimizer.param_groups[0]['params'][0].device
-        seed = secrets.randbits(63) if self.noise_seed is None else self.noise_seed
+        generator = secret_generator(device) if self.noise_seed is None else (
+            torch.Generator(device).manual_seed(self.noise_seed))
         self.optimizer = get_optimizer_class(
             'flat', world_size > 1, 'ghost' if self.clipping == 'ghost' else None)(
                 optimizer, noise_multiplier=self.noise_multiplier,
                 max_grad_norm=self.max_grad_norm, expected_batch_size=batch_size,
-                generator=torch.Generator(device).manual_seed(seed))
+                generator=generator)
         self.optimizer.attach_step_hook(counter.get_optimizer_hook_fn(sample_rate))
 
         self.model = model
-        self.grad_sampler = GradSampler(model, norms_only=self.clipping == 'ghost')
-        self.clip_factors = None
-        if self.clipping == 'ghost':
-            for head in _heads(model):
-                head.register_forward_hook(self._scale_gradient)
-
-    def _scale_gradient(self, head, args, output: Tensor) -> None:
-        """Every gradient of a sample passes here: scaled here, all are."""
-        if output.requires_grad:
-            output.register_hook(
-                lambda grad: None if self.clip_factors is None else
-                grad * self.clip_factors.to(grad.dtype).view(-1, 1, 1, 1))
+        self.grad_sampler = GradSampler(model)
 
     @contextmanager
     def optim_context(self, model: nn.Module):
@@ -193,23 +185,29 @@ class DPOptimWrapper(OptimWrapper):
         self.zero_grad(**(zero_kwargs or {}))
 
     def backward(self, loss: Tensor, **kwargs) -> None:
-        """Leaves per-sample gradients, or under ghost clipping the clipped sum."""
-        ghost = self.clipping == 'ghost'
+        """Leaves per-sample gradients, or under ghost clipping the clipped sum of them."""
+        ghost, sampler = self.clipping == 'ghost', self.grad_sampler
+        sampler.keep = 'norms' if ghost else 'gradients'
         super().backward(loss, retain_graph=ghost, **kwargs)
-        kept = 'norm_sample' if ghost else 'grad_sample'
-        unused = [name for name, p in self.model.named_parameters()
-                  if p.requires_grad and getattr(p, kept) is None]
+        kept = {name: p.norm_sample if ghost else p.grad_sample
+                for name, p in self.model.named_parameters() if p.requires_grad}
+        unused = [name for name, value in kept.items() if value is None]
         if unused:
             raise ValueError(f'{len(unused)} parameters take no part in the loss, e.g. '
                              f'{unused[0]}; set requires_grad=False for them or remove their '
                              'layers')
+        count = self.num_samples
+        for name, value in kept.items():
+            if count is not None and len(value) != count:
+                raise ValueError(f'not private: {count} images gave {len(value)} gradients of '
+                                 f'{name}, each clipped by itself; its layer must see an image '
+                                 'as one sample')
         if ghost:
-            norms = self.grad_sampler.norms()
-            self.clip_factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
-            self.optimizer.original_optimizer.zero_grad()
-            self.grad_sampler.enabled = False
-            (loss * len(norms)).backward()
-            self.grad_sampler.enabled, self.clip_factors = True, None
+            sampler.clip_factors = (self.max_grad_norm / (sampler.norms() + 1e-6)).clamp(max=1)
+            sampler.keep = 'clipped sum'
+            loss.backward()
+            for p in sampler.parameters:
+                p.grad = p.clipped_sum
 
     def zero_grad(self, **kwargs) -> None:
         super().zero_grad(**kwargs)
@@ -229,20 +227,11 @@ class DPOptimWrapper(OptimWrapper):
         self.zero_grad()
 
     def epsilon(self) -> float:
-        """Spent so far, at ``target_delta``."""
+        """Spent so far, at ``target_delta``; infinite where the noise can be repeated."""
+        if self.noise_seed is not None:
+            return float('inf')
         return spent_epsilon(self.accountant, self.counter.history, self.target_delta)
 
     def privacy_state(self) -> dict:
         """What the guarantee rests on, and the steps so far: plain values, for a checkpoint."""
         return dict(self.setting, history=[tuple(entry) for entry in self.counter.history])
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    heads = [model.decode_head] if hasattr(model, 'decode_head') else []
-    auxiliary = getattr(model, 'auxiliary_head', None)
-    heads += list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else (
-        [auxiliary] if auxiliary is not None else [])
-    if not heads or isinstance(heads[0], nn.ModuleList):
-        raise ValueError(f"clipping='ghost' needs a segmentor with one decode_head, got "
-                         f"{type(model).__name__}; take clipping='flat'")
-    return heads

@@ -2,6 +2,7 @@
 import copy
 
 import torch
+from mmengine.structures import PixelData
 from torch import Tensor, nn
 
 _TOLERANCE = 1e-3  # of the gradient's norm; what mixes samples changes it by far more
@@ -11,8 +12,9 @@ def check_batch(model: nn.Module, optim_wrapper, data_batch: dict) -> None:
     """Refuses a model under which a sample's gradient depends on the rest of the batch.
 
     The gradient of one sample must not change when its neighbour is another, in training mode
-    and with the same random numbers; the loss of two must be the mean of theirs; and no buffer
-    may change. What :mod:`.checks` does not know by name shows here.
+    and with the same random numbers; the gradients of the samples must add up to that of the
+    batch; the loss of two must be the mean of theirs; and nothing may change in a forward pass.
+    What :mod:`.checks` does not know by name shows here.
 
     Args:
         model: With per-sample gradients attached.
@@ -20,18 +22,17 @@ def check_batch(model: nn.Module, optim_wrapper, data_batch: dict) -> None:
         data_batch: As the data loader gives it, at least one sample.
 
     Raises:
-        ValueError: One of the three is violated.
+        ValueError: One of these is violated.
     """
     ignore_index = getattr(getattr(model, 'decode_head', None), 'ignore_index', 255)
     sample, neighbour, other = _three_samples(data_batch, ignore_index)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = {name: value.detach().clone() for name, value in _state(model)}
     a, b = (_first_gradient(model, optim_wrapper, [sample, beside])
             for beside in (neighbour, other))
-    changed = [name for name, buffer in model.named_buffers()
-               if not torch.equal(buffer, buffers[name])]
+    changed = [name for name, value in _state(model) if not torch.equal(value, state[name])]
     if changed:
-        raise ValueError(f'not private: a forward pass changed the buffer {changed[0]}, which '
-                         'carries data past the noise; take a layer without running values')
+        raise ValueError(f'not private: a forward pass changed {changed[0]}, which carries data '
+                         'past the noise; take a layer without running values')
     influence = ((a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny)).item()
     if not influence < _TOLERANCE:
         raise ValueError('not private: the gradient of a sample changed by '
@@ -46,13 +47,19 @@ def check_batch(model: nn.Module, optim_wrapper, data_batch: dict) -> None:
                          f'of theirs, {mean:.4g}; take a loss that is a mean over samples')
 
 
+def _state(model: nn.Module):
+    return [*model.named_buffers(), *model.named_parameters()]
+
+
 def _three_samples(data_batch: dict, ignore_index: int) -> list[tuple]:
-    """A sample, a neighbour, and that neighbour with another image and fewer labels."""
+    """A sample, a neighbour, and that neighbour with another image and other labels."""
     samples = list(zip(data_batch['inputs'], data_batch['data_samples'], strict=True))[:2]
     samples = (samples + samples)[:2]
     image, data_sample = copy.deepcopy(samples[1])
-    labels = data_sample.gt_sem_seg.data
-    labels[..., :labels.size(-1) // 2] = ignore_index
+    for name, field in data_sample.items():
+        if isinstance(field, PixelData):
+            left = field.data[..., :field.data.size(-1) // 2]
+            left.fill_(ignore_index if name == 'gt_sem_seg' else field.data.max())
     return [*samples, (image.max() - image.flip(-1), data_sample)]
 
 
@@ -65,18 +72,25 @@ def _forward(model: nn.Module, optim_wrapper, samples: list[tuple]) -> Tensor:
 
 
 def _first_gradient(model: nn.Module, optim_wrapper, samples: list[tuple]) -> Tensor:
-    """Gradient of the first sample over all parameters; its norms, under ghost clipping."""
+    """Gradient of the first sample over all parameters."""
     model.train()
-    device = next(model.parameters()).device
+    sampler, device = optim_wrapper.grad_sampler, next(model.parameters()).device
+    sampler.keep = 'gradients'
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         torch.manual_seed(0)
         _forward(model, optim_wrapper, samples).backward()
-    sampler = optim_wrapper.grad_sampler
-    kept = 'norm_sample' if sampler.norms_only else 'grad_sample'
-    values = [getattr(p, kept) for p in sampler.parameters]
-    gradient = torch.cat([v[0].flatten() for v in values if v is not None])
+    gradient = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad or p.grad_sample is None:
+            continue
+        gradient.append(p.grad_sample[0].flatten())
+        error = (p.grad_sample.mean(0) - p.grad).norm()
+        if not error <= 0.02 * p.grad.norm() + 1e-7:
+            raise ValueError(f'the gradients of the samples do not add up to that of {name}; its '
+                             'layer may pad otherwise than with zeros, or its weight be used '
+                             'outside of it')
     optim_wrapper.zero_grad()
-    return gradient
+    return torch.cat(gradient)
 
 
 @torch.no_grad()

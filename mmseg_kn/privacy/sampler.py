@@ -3,7 +3,7 @@ import math
 import secrets
 from collections.abc import Iterator
 
-import torch
+import numpy as np
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
@@ -40,18 +40,16 @@ class PoissonBatchSampler:
         self.batch_size = batch_size
         self.drop_last = False  # read by torch's DataLoader
         self.sampler = sampler
-        self.shard = torch.arange(rank, num_items, world_size)
+        self.shard = np.arange(rank, num_items, world_size)
 
     def __len__(self) -> int:
         """Batches in which an item comes once on average, what mmengine calls an epoch."""
         return math.ceil(1 / self.sample_rate)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(secrets.randbits(63))
+        generator = np.random.Generator(np.random.Philox(secrets.randbits(128)))
         while True:
-            drawn = torch.rand(len(self.shard), dtype=torch.float64,
-                               generator=generator) < self.sample_rate
-            yield self.shard[drawn].tolist()
+            yield self.shard[generator.random(len(self.shard)) < self.sample_rate].tolist()
 
 
 @FUNCTIONS.register_module()

@@ -10,7 +10,7 @@ from mmseg_kn.privacy.optim_wrapper import ACCOUNTANTS, spent_epsilon
 
 COVERS = """\
 Covered: one item of the training data (an image with its labels). Whoever sees the weights, and
-those of every other checkpoint of this training, learns about as little of any one item as if it
+those of every earlier checkpoint of this training, learns about as little of any one item as if it
 had never been there: probabilities of what they conclude differ by at most a factor
 exp(epsilon), but for delta.
 Not covered: several images of one person or place (each adds its own epsilon); losses and
@@ -29,9 +29,14 @@ def report(path: str, accountant: str | None = None, delta: float | None = None)
     if state is None:
         raise ValueError(f"{path} holds no account of privacy (meta['privacy']); only trainings "
                          'with DPHook write one')
-    accountant, delta = accountant or state['accountant'], delta or state['target_delta']
-    history = state['history']
-    rows = [('epsilon', f'{spent_epsilon(accountant, history, delta):.3f}'),
+    accountant = accountant or state['accountant']
+    delta = state['target_delta'] if delta is None else delta
+    if not 0 < delta < 1:
+        raise ValueError(f'delta must be in (0, 1), got {delta}')
+    history, repeatable = state['history'], state['noise_seed'] is not None
+    epsilon = 'infinite: noise_seed was set' if repeatable else (
+        f'{spent_epsilon(accountant, history, delta):.3f}')
+    rows = [('epsilon', epsilon),
             ('delta', f'{delta:g}'), ('accountant', f'{accountant} (opacus)')]
     for sigma, rate, steps in history:
         rows += [('noise multiplier (sigma)', f'{sigma:.4f}'),
