@@ -58,7 +58,7 @@ class ClassCheckHook(Hook):
         weights = checkpoint.get('state_dict', checkpoint)
         given = {re.sub(r'^module\.', '', name): value for name, value in weights.items()}
         own = {name: value for name, value in _unwrapped(runner.model).state_dict().items()
-               if name.startswith('decode_head.')}
+               if name.startswith('decode_head.') and 'num_batches_tracked' not in name}
         unlike = [name for name, value in own.items()
                   if name not in given or given[name].shape != value.shape]
         if not unlike:
