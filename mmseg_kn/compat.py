@@ -135,12 +135,13 @@ def _load_file(file, map_location=None):
         _check_members(file)
         return torch.load(file, map_location=map_location, weights_only=True)
 
-    return _load(file if isinstance(file, str) else 'the downloaded checkpoint', read)
+    return _load('the downloaded checkpoint' if hasattr(file, 'read') else file, read)
 
 
 def _check_members(file):
     """Refuses a zip file that unpacks to more than it holds; torch.save compresses nothing."""
-    with open(file, 'rb') if isinstance(file, str) else contextlib.nullcontext(file) as f:
+    opened = contextlib.nullcontext(file) if hasattr(file, 'read') else open(file, 'rb')
+    with opened as f:
         members, size = [], 0
         if f.read(4) == b'PK\x03\x04':  # by which torch knows the format
             members, size = zipfile.ZipFile(f).infolist(), f.seek(0, os.SEEK_END)

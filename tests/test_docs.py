@@ -388,6 +388,11 @@ class Command:
         return os.system, ('true', )
 
 
+class Swollen:
+    def __reduce__(self):
+        return bytearray, (2**60, )
+
+
 def old_mmcv(attempt):
     with (mock.patch.dict(sys.modules), mock.patch.object(mmcv, '__version__', '2.2.0'),
           mock.patch.object(mmengine, '__version__', '0.10.7')):
@@ -435,6 +440,7 @@ OURS = {
     'depth': lambda: load_backbone(50, KNResNet(18, out_indices=(2, 3)).state_dict()),
     'refused': lambda: load_file('other.pth', dict(meta=Command())),
     'command line': lambda: load_file('norm_torch.pth', argparse.Namespace(a=1)),
+    'memory': lambda: load_file('swollen.pth', Swollen()),
     'damaged': lambda: load_file('cut.pth', dict(a=torch.zeros(100))),
     'folder': lambda: Path('work_dirs').mkdir() or CheckpointLoader.load_checkpoint('work_dirs'),
 }

@@ -1,6 +1,6 @@
 """Properties of kernel normalization over its whole argument space, checked on drawn cases.
 
-The cases are the same in every run. PROPERTY_CASES, 2000 unless set, is about how many there are.
+The cases are the same in every run. PROPERTY_CASES sets how many there are, 2000 by default.
 """
 import os
 import warnings
@@ -176,7 +176,7 @@ def test_size_is_nn_conv2ds(case):
     assert layer.weight.shape == conv.weight.shape
 
 
-@cases_of(24, cases())
+@cases_of(20, cases())
 def test_fused_equals_reference(case):
     tensors, options = make(case)
     grad = upstream(tensors, options)
@@ -188,7 +188,7 @@ def test_fused_equals_reference(case):
                      [call(plain, dict(options, impl='reference'))], 1e-9)
 
 
-@cases_of(10, cases(dilated=False, finishes=(None, )))
+@cases_of(8, cases(dilated=False, finishes=(None, )))
 def test_fused_equals_reference_in_kernel_norm2d(case):
     (x, *_), _ = make(case)
     results = []
@@ -205,7 +205,7 @@ def test_fused_equals_reference_in_kernel_norm2d(case):
         n * k for n, k in zip(units, geometry.kernel, strict=True))
 
 
-@cases_of(12, cases(), st.sampled_from([torch.float32, *HALVES]), st.sampled_from(
+@cases_of(10, cases(), st.sampled_from([torch.float32, *HALVES]), st.sampled_from(
     ['auto', 'fused', 'reference']))
 def test_rounding_stays_within_that_of_one_convolution(case, dtype, impl):
     """|error| <= some roundings of sum |W x| * rstd + |y|, element by element."""
@@ -223,7 +223,7 @@ def test_rounding_stays_within_that_of_one_convolution(case, dtype, impl):
     assert all(g.dtype == dtype and g.isfinite().all() for g in grads)
 
 
-@cases_of(8, cases(finishes=(None, 'relu')))
+@cases_of(7, cases(finishes=(None, 'relu')))
 def test_padding_is_seen_near_the_border_only(case):
     """Translation equivariance: an interior unit's output does not depend on where it lies."""
     tensors, options = make(case)
@@ -241,7 +241,7 @@ def test_padding_is_seen_near_the_border_only(case):
     assert_close([alone], [inside], 1e-9)
 
 
-@cases_of(8, cases(paddings=st.just(0), data=('normal', 'ties')), st.sampled_from([-7., 1., 300.]))
+@cases_of(6, cases(paddings=st.just(0), data=('normal', 'ties')), st.sampled_from([-7., 1., 300.]))
 def test_adding_a_constant_changes_nothing(case, constant):
     tensors, options = make(dict(case, dropout_p=0.))
     moved = [tensors[0] + constant, *tensors[1:]]
@@ -250,7 +250,7 @@ def test_adding_a_constant_changes_nothing(case, constant):
                  output_and_gradients(tensors, options, grad), 1e-5)
 
 
-@cases_of(8, cases(), st.sampled_from([1e-3, 0.5, 30.]), st.sampled_from([0., 0.05, 0.5]))
+@cases_of(6, cases(), st.sampled_from([1e-3, 0.5, 30.]), st.sampled_from([0., 0.05, 0.5]))
 def test_scaling_the_input_and_eps_changes_nothing(case, factor, dropout_p):
     """y(a * x, a ** 2 * eps) = y(x, eps), with the same dropout in training too."""
     tensors, options = make(dict(case, dropout_p=dropout_p))
@@ -262,7 +262,7 @@ def test_scaling_the_input_and_eps_changes_nothing(case, factor, dropout_p):
     assert_close(*([y] for y in outputs), 1e-9)
 
 
-@cases_of(10, cases(), st.randoms(use_true_random=False))
+@cases_of(8, cases(), st.randoms(use_true_random=False))
 def test_samples_do_not_see_each_other(case, random):
     """A permuted batch gives permuted results, a sample alone its own; gradients add up."""
     tensors, options = make(case)
@@ -286,7 +286,7 @@ def test_samples_do_not_see_each_other(case, random):
     assert_close(added, sums[:len(added)], 1e-9)
 
 
-@cases_of(10, cases(), st.sampled_from([torch.float64, torch.float32, *HALVES]),
+@cases_of(8, cases(), st.sampled_from([torch.float64, torch.float32, *HALVES]),
           st.sampled_from([None, 0., 1., 254.3, 1e4]), st.sampled_from([0., 0.05, 0.9]))
 def test_output_and_gradients_are_finite(case, dtype, constant, dropout_p):
     tensors, options = make(dict(case, dropout_p=dropout_p), dtype)
@@ -344,20 +344,20 @@ def spoilt(bad):
                                       for name in more)))
 
 
-@cases_of(8, spoilt(LAYER))
+@cases_of(7, spoilt(LAYER))
 def test_a_layer_refuses_what_does_not_fit(bad):
     with pytest.raises(ValueError):
         KNConv2d(**dict(dict(in_channels=4, out_channels=6, kernel_size=3), **dict(bad)))
 
 
-@cases_of(8, spoilt(FUNCTION), st.booleans())
+@cases_of(6, spoilt(FUNCTION), st.booleans())
 def test_kn_conv2d_refuses_what_does_not_fit(bad, training):
     good = dict(input=X, weight=W, bias=torch.zeros(6), groups=2, training=training)
     with pytest.raises(ValueError):
         kn_conv2d(**dict(good, **dict(bad)))
 
 
-@cases_of(5, spoilt(NORM), st.booleans())
+@cases_of(4, spoilt(NORM), st.booleans())
 def test_kernel_norm2d_refuses_what_does_not_fit(bad, training):
     options = dict(dict(num_features=4, kernel_size=2, input=X), **dict(bad))
     x = options.pop('input')

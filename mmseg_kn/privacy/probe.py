@@ -27,18 +27,25 @@ def check_batch(model: nn.Module, optim_wrapper, data_batch: dict) -> None:
     ignore_index = getattr(getattr(model, 'decode_head', None), 'ignore_index', 255)
     sample, neighbour, other = _three_samples(data_batch, ignore_index)
     state = {name: value.detach().clone() for name, value in _state(model)}
-    a, b = (_first_gradient(model, optim_wrapper, [sample, beside])
-            for beside in (neighbour, other))
+    beside, instead = (_gradients(model, optim_wrapper, [sample, second])
+                       for second in (neighbour, other))
     changed = [name for name, value in _state(model) if not torch.equal(value, state[name])]
     if changed:
         raise ValueError(f'not private: a forward pass changed {changed[0]}, which carries data '
                          'past the noise; take a layer without running values')
+    a, b = (torch.cat([samples[0].flatten() for samples, _ in gradients.values()])
+            for gradients in (beside, instead))
     influence = ((a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny)).item()
     if not influence < _TOLERANCE:
         raise ValueError('not private: the gradient of a sample changed by '
                          f'{100 * influence:.1f} % when another image stood beside it, so that '
                          'clipping bounds nothing; look for a layer that mixes samples (any '
                          'BatchNorm) or a loss that is no mean over samples')
+    for name, (samples, grad) in beside.items():
+        if not (samples.mean(0) - grad).norm() <= 0.02 * grad.norm() + 1e-7:
+            raise ValueError(f'the gradients of the samples do not add up to that of {name}; its '
+                             'layer may pad otherwise than with zeros, or its weight be used '
+                             'outside of it')
     losses = [_loss(model, optim_wrapper, batch) for batch in (
         [sample], [other], [sample, other])]
     mean = (losses[0] + losses[1]) / 2
@@ -71,26 +78,18 @@ def _forward(model: nn.Module, optim_wrapper, samples: list[tuple]) -> Tensor:
         return model.parse_losses(model(**data, mode='loss'))[0]
 
 
-def _first_gradient(model: nn.Module, optim_wrapper, samples: list[tuple]) -> Tensor:
-    """Gradient of the first sample over all parameters."""
+def _gradients(model: nn.Module, optim_wrapper, samples: list[tuple]) -> dict[str, tuple]:
+    """Per-sample gradients of each parameter, and autograd's gradient of the batch."""
     model.train()
     sampler, device = optim_wrapper.grad_sampler, next(model.parameters()).device
     sampler.keep = 'gradients'
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         torch.manual_seed(0)
         _forward(model, optim_wrapper, samples).backward()
-    gradient = []
-    for name, p in model.named_parameters():
-        if not p.requires_grad or p.grad_sample is None:
-            continue
-        gradient.append(p.grad_sample[0].flatten())
-        error = (p.grad_sample.mean(0) - p.grad).norm()
-        if not error <= 0.02 * p.grad.norm() + 1e-7:
-            raise ValueError(f'the gradients of the samples do not add up to that of {name}; its '
-                             'layer may pad otherwise than with zeros, or its weight be used '
-                             'outside of it')
-    optim_wrapper.zero_grad()
-    return torch.cat(gradient)
+    gradients = {name: (p.grad_sample, p.grad) for name, p in model.named_parameters()
+                 if p.requires_grad and p.grad_sample is not None}
+    optim_wrapper.zero_grad(set_to_none=True)  # and leave the tensors that are returned
+    return gradients
 
 
 @torch.no_grad()
