@@ -77,7 +77,8 @@ def row(python: str, stack: str, torch: str, folder: Path, tests: list[str]) -> 
     return [found['python'], found['torch'],
             ', '.join(f'{name} {found[name]}' for name in STACKS[stack]),
             'yes' if found['ops'] else 'no',
-            ' '.join(Path(test).stem.removeprefix('test_') for test in tests),
+            ' '.join(name for name in dict.fromkeys(
+                Path(test).stem.removeprefix('test_') for test in tests)),
             f'{"passed" if done.returncode == 0 else "FAILED"}: {summary[-1]}', date]
 
 

@@ -24,7 +24,7 @@ from mmseg_kn.toy_cityscapes import generate
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x256.py'
 WINDOW = 200  # iterations that are compared, at the beginning and at the end
-WARMUP = 200  # before memory is compared: caches and the allocator fill up
+WARMUP = 600  # before memory is compared: the first checkpoint and validation are in it
 
 
 class Meter(Hook):
@@ -74,10 +74,13 @@ def judge(meter: Meter, growth: float, slowdown: float) -> list[str]:
         meter.seconds[:WINDOW], meter.seconds[-WINDOW:]))
     before, after = (statistics.median(part) for part in (
         meter.resident[WARMUP:WARMUP + WINDOW], meter.resident[-WINDOW:]))
+    course = [statistics.median(meter.resident[i:i + WINDOW]) / 2**20
+              for i in range(0, n - WINDOW + 1, WINDOW)]
     opened, open_now = meter.files[WARMUP], meter.files[-1]
     print(f'{n} iterations, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n'
           f'resident: {before / 2**20:.1f} MiB after warm-up, {after / 2**20:.1f} MiB at the end '
           f'({after / before - 1:+.2%}, may grow by {growth:.0%})\n'
+          f'    of every {WINDOW} iterations: {" ".join(f"{mib:.0f}" for mib in course)}\n'
           f'CPU time of an iteration: {first * 1e3:.1f} ms in the first {WINDOW}, '
           f'{last * 1e3:.1f} ms in the last ({last / first - 1:+.1%}, may grow by '
           f'{slowdown:.0%})\nopen files: {opened} after warm-up, {open_now} at the end')

@@ -1,4 +1,7 @@
-"""What compilers and exporters make of the ops: torch.compile, torch.export, ONNX, triton."""
+"""What compilers and exporters make of the ops: torch.compile, torch.export, triton.
+
+ONNX and whole segmentors: test_deployment.py.
+"""
 import os
 import subprocess
 import sys
@@ -91,35 +94,6 @@ def test_export_of_the_backbone_with_dynamic_size():
         with torch.no_grad():
             for a, b in zip(program.module()(x), net(x), strict=True):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_onnx_of_a_segmentor_with_dynamic_size(tmp_path):
-    onnxruntime = pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
-    from mmengine.config import Config
-    from mmseg.apis import init_model
-    cfg = Config.fromfile(ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb2-400_camvid-160x160.py')
-    model = init_model(cfg, device='cpu')
-
-    class Logits(torch.nn.Module):
-
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, image):
-            return self.model(image, mode='tensor')
-
-    path = tmp_path / 'model.onnx'
-    torch.onnx.export(Logits().eval(), (torch.rand(1, 3, 64, 96), ), path, dynamo=True,
-                      dynamic_shapes=(DYNAMIC, ), input_names=['image'], verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    for size in ((64, 96), (130, 75)):
-        x = torch.rand(1, 3, *size)
-        with torch.no_grad():
-            expected = model(x, mode='tensor')
-        output, = session.run(None, dict(image=x.numpy()))
-        torch.testing.assert_close(torch.from_numpy(output), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_kernels_compile_for_gpus_that_are_not_here():
