@@ -18,8 +18,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/analysis_tools/compare_predictions.py $(DEMO_CONFIG) \
 	    $(DEMO_WORK)/iter_600.pth --out $(DEMO_WORK)/scenes.png
 
+# One thread for each of two processes: a file's tests stay together, as they share trainings.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The same plugin on the maintained fork, which owns the same import names.
 test-onedl: $(VENV)-onedl/.installed
