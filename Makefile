@@ -18,16 +18,17 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/analysis_tools/compare_predictions.py $(DEMO_CONFIG) \
 	    $(DEMO_WORK)/iter_600.pth --out $(DEMO_WORK)/scenes.png
 
-# One thread for each of two processes: a file's tests stay together, as they share trainings.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes of one thread; a file's tests stay together, as they share trainings.
+PYTEST := python -m pytest -n 2 --dist loadfile
+test test-onedl: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/.installed
-	$(PYTEST)
+	$(BIN)/$(PYTEST)
 
 # The same plugin on the maintained fork, which owns the same import names.
 test-onedl: $(VENV)-onedl/.installed
-	$(VENV)-onedl/bin/python -m pytest tests/test_compat.py tests/test_tools.py \
-	    tests/test_analysis_tools.py
+	$(VENV)-onedl/bin/$(PYTEST) tests/test_compat.py tests/test_tools.py \
+	    tests/test_analysis_tools.py tests/test_resume.py tests/test_private_training.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
