@@ -141,8 +141,8 @@ class SafeCheckpointHook(CheckpointHook):
         for part in Path(self.out_dir).glob(f'*.pth{_PART}'):
             runner.logger.info(f'{part}, left by a killed training, is deleted')
             part.unlink()
-        # weights and momentum
-        need = 2 * sum(t.nbytes for t in runner.model.state_dict().values())
+        # Weights and momentum. Not by state_dict(), for which sharded models wait for each other.
+        need = 2 * sum(p.nbytes for p in runner.model.parameters())
         if (free := shutil.disk_usage(self.out_dir).free) < need:
             runner.logger.warning(
                 f'{self.out_dir} has room for {free / 2**20:.0f} MiB and a checkpoint takes about '
