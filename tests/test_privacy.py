@@ -117,6 +117,19 @@ def test_grad_samples_in_float32(option):
         assert (got - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.parametrize('option', OPTIONS[:2] + OPTIONS[4:5] + OPTIONS[9:], ids=str)
+def test_grad_samples_with_the_kernels_of_gpus(option):
+    """Their statistics, and their dropout, which is drawn from a seed."""
+    kernels = pytest.importorskip('mmseg_kn.ops.triton_kernels')
+    device = 'cpu' if kernels.INTERPRETED else 'cuda'
+    torch.manual_seed(0)
+    layer = KNConv2d(4, 8, dropout_p=0.3, impl='triton', **option).to(device)
+    GradSampler(layer)
+    layer(make_input(torch.float32).to(device)).square().flatten(1).sum(1).mean().backward()
+    for p in layer.parameters():  # the gradient has the dropout of the same forward
+        assert (p.grad_sample.mean(0) - p.grad).norm() / p.grad.norm() < 1e-5
+
+
 class Net(nn.Module):
     """Adds and rectifies in place, as mmseg's networks do; layers of four kinds."""
 

@@ -2,6 +2,7 @@
 import copy
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from opacus.accountants import create_accountant  # noqa: E402
 from program import ROOT, execute  # noqa: E402
 from test_tools import SHORT  # noqa: E402
 
-from mmseg_kn.privacy.checks import check_dataset, check_module  # noqa: E402
+from mmseg_kn.privacy import DPIterBasedTrainLoop, DPOptimWrapper, PoissonBatchSampler  # noqa: E402
+from mmseg_kn.privacy.checks import check_dataset, check_module, check_training  # noqa: E402
 from mmseg_kn.toy_cityscapes import generate  # noqa: E402
 
 CONFIG = ROOT / ('configs/deeplabv3/'
@@ -257,6 +259,18 @@ def test_balanced_data_is_refused():
         check_dataset(dataset)
 
 
+def test_torchs_wrapper_of_several_processes_is_refused():
+    """It would exchange gradients before they are clipped."""
+    runner = SimpleNamespace(
+        optim_wrapper=DPOptimWrapper.__new__(DPOptimWrapper),
+        train_loop=DPIterBasedTrainLoop.__new__(DPIterBasedTrainLoop),
+        train_dataloader=SimpleNamespace(
+            batch_sampler=PoissonBatchSampler.__new__(PoissonBatchSampler)),
+        distributed=True, model=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="not yet clipped.*type='MMDPDistributedDataParallel'"):
+        check_training(runner)
+
+
 def test_reverted_sync_bn_is_found():
     from mmengine.model import revert_sync_batchnorm
     net = revert_sync_batchnorm(nn.Sequential(nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4)))
@@ -347,7 +361,6 @@ def test_resuming_from_a_checkpoint_that_was_not_private(cfg):
 
 @pytest.mark.parametrize('clipping', ['flat', 'ghost'])
 def test_one_image_moves_a_segmentor_by_the_bound(cfg, clipping, monkeypatch):
-    from mmseg_kn.privacy import PoissonBatchSampler
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.optim_wrapper.update(noise_multiplier=0., max_grad_norm=0.01, clipping=clipping,
                              optimizer=dict(type='SGD', lr=1.0))
@@ -391,7 +404,6 @@ class NoImage:
 
 
 def test_an_empty_batch_in_training(cfg, monkeypatch):
-    from mmseg_kn.privacy import PoissonBatchSampler
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     monkeypatch.setattr(PoissonBatchSampler, '__iter__',
                         lambda self: iter([[], [], [3], [], [], []]))
