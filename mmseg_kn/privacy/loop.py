@@ -37,9 +37,12 @@ class DPIterBasedTrainLoop(IterBasedTrainLoop):
 
     def run(self) -> None:
         check_hook(self.runner)
-        # mmengine skips as many batches as were trained on; these were drawn by chance.
-        self.dataloader_iterator = itertools.chain(
-            itertools.repeat(None, self._iter), self.dataloader_iterator)
+        # mmengine would skip as many batches as were trained on; these are drawn by chance.
+        if hasattr(self, 'fast_forward_on_resume'):
+            self.fast_forward_on_resume = True  # the fork's word for it
+        else:
+            self.dataloader_iterator = itertools.chain(
+                itertools.repeat(None, self._iter), self.dataloader_iterator)
         return super().run()
 
     def run_iter(self, data_batch: dict) -> None:
