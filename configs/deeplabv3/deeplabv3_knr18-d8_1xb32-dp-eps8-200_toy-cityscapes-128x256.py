@@ -16,7 +16,7 @@ model = dict(
 param_scheduler = [
     dict(
         type='PolyLR',
-        eta_min=1e-2,
+        eta_min=1e-3,
         power=0.9,
         begin=0,
         end=200,

@@ -2,7 +2,7 @@
 # batch of train_dataloader.batch_size images on average; it passes through the
 # model in parts.
 _base_ = './schedule_40k.py'
-optimizer = dict(type='SGD', lr=1.0, momentum=0.9, weight_decay=0)
+optimizer = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0)
 optim_wrapper = dict(
     _delete_=True,
     type='DPOptimWrapper',
@@ -13,7 +13,7 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(
         type='PolyLR',
-        eta_min=1e-2,
+        eta_min=1e-3,
         power=0.9,
         begin=0,
         end=2000,
