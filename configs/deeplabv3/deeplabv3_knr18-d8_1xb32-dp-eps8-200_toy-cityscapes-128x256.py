@@ -2,7 +2,7 @@
 _base_ = [
     '../_base_/models/deeplabv3_knr50-d8.py',
     '../_base_/datasets/toy_cityscapes_128x256.py',
-    '../_base_/dp_runtime.py', '../_base_/schedules/schedule_dp_2k.py'
+    '../_base_/dp_runtime.py', '../_base_/schedules/schedule_dp_200.py'
 ]
 crop_size = (128, 256)
 data_preprocessor = dict(size=crop_size)
@@ -13,14 +13,3 @@ model = dict(
     backbone=dict(depth=18),
     decode_head=dict(in_channels=724, channels=64, dilations=(1, 3, 6, 9)),
     auxiliary_head=dict(in_channels=512, channels=64))
-param_scheduler = [
-    dict(
-        type='PolyLR',
-        eta_min=1e-3,
-        power=0.9,
-        begin=0,
-        end=200,
-        by_epoch=False)
-]
-train_cfg = dict(max_iters=200, val_interval=200)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100))

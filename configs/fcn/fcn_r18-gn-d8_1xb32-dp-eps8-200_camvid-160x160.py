@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/fcn_r50-d8.py',
     '../_base_/datasets/camvid_160x160.py',
-    '../_base_/dp_runtime.py', '../_base_/schedules/schedule_dp_2k.py'
+    '../_base_/dp_runtime.py', '../_base_/schedules/schedule_dp_200.py'
 ]
 crop_size = (160, 160)
 data_preprocessor = dict(size=crop_size)
@@ -16,14 +16,3 @@ model = dict(
         in_channels=512, channels=128, norm_cfg=norm_cfg),
     auxiliary_head=dict(
         in_channels=256, channels=64, norm_cfg=norm_cfg))
-param_scheduler = [
-    dict(
-        type='PolyLR',
-        eta_min=1e-3,
-        power=0.9,
-        begin=0,
-        end=200,
-        by_epoch=False)
-]
-train_cfg = dict(max_iters=200, val_interval=200)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100))

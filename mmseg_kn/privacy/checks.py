@@ -15,14 +15,6 @@ from .optim_wrapper import DPOptimWrapper
 from .sampler import PoissonBatchSampler
 
 
-def check_hook(runner) -> None:
-    """Raises ValueError if nothing would attach privacy to the training."""
-    from .hook import DPHook
-    if not any(isinstance(hook, DPHook) for hook in runner.hooks):
-        raise ValueError("DPIterBasedTrainLoop needs DPHook: custom_hooks=[dict(type='DPHook'), "
-                         '...]')
-
-
 def check_training(runner) -> None:
     """Raises ValueError, with the remedy, at the first setting that breaks the guarantee."""
     from .loop import DPIterBasedTrainLoop

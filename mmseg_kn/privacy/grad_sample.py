@@ -143,7 +143,7 @@ class GradSampler:
         for p, grad_sample in sampler(module, captured, grad).items():
             if not p.requires_grad:
                 continue
-            grad_sample = torch.nan_to_num(grad_sample, 0, 0, 0)
+            grad_sample.nan_to_num_(0, 0, 0)
             if self.keep == 'gradients':
                 p.grad_sample = grad_sample if p.grad_sample is None else (
                     p.grad_sample + grad_sample)

@@ -51,7 +51,8 @@ class DPHook(Hook):
     def before_train(self, runner) -> None:
         check_training(runner)
         seed_secretly()
-        loop, wrapper, sampler = _parts(runner)
+        loop, wrapper = runner.train_loop, runner.optim_wrapper
+        sampler = loop.dataloader.batch_sampler
         wrapper.attach(_bare(runner.model), sample_rate=sampler.sample_rate,
                        batch_size=sampler.batch_size, steps=loop.max_iters,
                        num_items=len(loop.dataloader.dataset), state=self.state)
@@ -94,7 +95,3 @@ class DPHook(Hook):
 
 def _bare(model):
     return model.module if is_model_wrapper(model) else model
-
-
-def _parts(runner):
-    return runner.train_loop, runner.optim_wrapper, runner.train_dataloader.batch_sampler

@@ -4,7 +4,7 @@ import itertools
 from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
 
-from .checks import check_hook
+from .hook import DPHook
 from .sampler import forbid_refetch, split_batch
 
 
@@ -36,7 +36,9 @@ class DPIterBasedTrainLoop(IterBasedTrainLoop):
         super().__init__(runner, dataloader, *args, **kwargs)
 
     def run(self) -> None:
-        check_hook(self.runner)
+        if not any(isinstance(hook, DPHook) for hook in self.runner.hooks):
+            raise ValueError("DPIterBasedTrainLoop needs DPHook, which attaches privacy to the "
+                             "model: custom_hooks=[dict(type='DPHook'), ...]")
         # mmengine would skip as many batches as were trained on; these are drawn by chance.
         if hasattr(self, 'fast_forward_on_resume'):
             self.fast_forward_on_resume = True  # the fork's word for it

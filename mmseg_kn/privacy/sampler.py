@@ -29,7 +29,7 @@ class PoissonBatchSampler:
         ValueError: The dataset is smaller than a batch of all processes.
     """
 
-    def __init__(self, sampler, batch_size: int, drop_last: bool = False) -> None:
+    def __init__(self, sampler, batch_size: int) -> None:
         rank, world_size = get_dist_info()
         num_items = len(sampler.dataset)
         self.sample_rate = batch_size * world_size / max(num_items, 1)
@@ -38,7 +38,6 @@ class PoissonBatchSampler:
                              f'at most the size of the dataset, {num_items}; got {batch_size} on '
                              f'{world_size} process(es). Lower train_dataloader.batch_size')
         self.batch_size = batch_size
-        self.drop_last = False  # read by torch's DataLoader
         self.sampler = sampler
         self.shard = np.arange(rank, num_items, world_size)
 
