@@ -3,7 +3,7 @@
     python tests/compat_matrix.py --pythons python3.10 python3.13 --stacks lite onedl
 
 One row a combination, its versions read from the environment. What cannot be installed gets a
-row that says so. Environments are made in a temporary folder unless --envs names one, where they
+row that says so. Environments are removed after their row unless --envs names a folder, where they
 are made once. Stack `mmcv` compiles mmcv, which takes many minutes.
 """
 import argparse
@@ -111,6 +111,8 @@ def main() -> None:
                 continue
             name = re.sub(r'[^\w.]+', '_', f'{Path(python).name}-{stack}-{torch}')
             rows.append(row(python, stack, torch, envs / name, args.tests))
+            if args.envs is None:
+                shutil.rmtree(envs / name, ignore_errors=True)
             print(' | '.join(rows[-1]), flush=True)
             lines = [HEADER, '|---' * HEADER.count(' | ') + '|---|',
                      *(f'| {" | ".join(cells)} |' for cells in rows)]
