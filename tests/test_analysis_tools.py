@@ -1,4 +1,5 @@
 """Complexity, speed and pictures of a config, and a checkpoint to publish, as a user gets them."""
+import csv
 import hashlib
 import importlib.util
 import json
@@ -301,6 +302,39 @@ def test_benchmark_needs_no_checkpoint_but_one_that_is_named(options, monkeypatc
     assert ', 1 images' in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match='absent.pth can not be found'):
         main(monkeypatch, BENCHMARK, CONFIG, 'absent.pth', '--device', 'cpu', *options)
+
+
+def test_benchmark_of_whole_steps(tmp_path):
+    twins = [CONFIGS / f'deeplabv3_{name}-d8_1xb2-400_camvid-160x160.py'
+             for name in ('knr18', 'r18')]
+    log = execute(ROOT / 'tools/analysis_tools/benchmark_train.py', *twins, '--shape', 32, 48,
+                  '--rounds', 3, '--device', 'cpu', '--channels-last', '--profile', 2,
+                  '--out', 'steps.csv', cwd=tmp_path)
+    with open(tmp_path / 'steps.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['config'], row['step']) for row in rows] == [
+        (twin.stem, step) for twin in twins for step in ('train', 'infer')]
+    assert {row['layout'] for row in rows} == {'channels_last'}
+    assert [row['ratio'] for row in rows[2:]] == ['1.000', '1.000']
+    assert all(0 < float(row['p20_ms']) <= float(row['median_ms']) <= float(row['p80_ms'])
+               for row in rows)
+    *operators, others, total = (
+        [float(cell) for cell in line.split()[-2:]]
+        for line in log.split('training step, ms in each operator')[1].splitlines()[1:])
+    assert len(operators) == 2
+    assert [sum(column) for column in zip(*operators, others, strict=True)] == pytest.approx(
+        total, abs=0.3)
+
+
+def test_benchmark_of_the_layer(tmp_path):
+    execute(ROOT / 'tools/analysis_tools/benchmark_knconv.py', '--batch-sizes', 1, '--rounds', 3,
+            '--shapes', 'r50 stage1 conv2', '--skip', 'reference', 'unfused', '--device', 'cpu',
+            '--out', 'layer.csv', cwd=tmp_path)
+    with open(tmp_path / 'layer.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert {'conv', 'conv+bn', 'conv+gn', 'knconv', 'knconv p=0'} <= {row['row'] for row in rows}
+    saved = {row['row']: float(row['saved_mib']) for row in rows if row['saved_mib']}
+    assert saved['knconv+relu'] <= 0.7 * saved['conv+bn+relu']
 
 
 def test_browse_dataset(scenes, options, tmp_path):

@@ -52,7 +52,11 @@ import json, sys, warnings
 class Wanted:
     names = []
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('triton', 'opacus'):
+        frame = sys._getframe(1)
+        while 'importlib' in frame.f_code.co_filename:
+            frame = frame.f_back
+        # torch itself may look for triton
+        if name.split('.')[0] in ('triton', 'opacus') and 'mmseg_kn' in frame.f_code.co_filename:
             self.names.append(name)
 
 sys.meta_path.insert(0, Wanted())

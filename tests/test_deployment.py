@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
-from program import ROOT
+from program import ROOT, execute
 from test_tools import CONFIG
 
 from mmseg_kn.toy_cityscapes import generate
@@ -121,6 +121,29 @@ def test_the_same_miou_without_mmseg_and_torch(folder, model):
     summed = torch.tensor(np.array(areas)).sum(0)
     mine, theirs = (summed[:, 0] / summed[:, 1]).nanmean(1).tolist()
     assert theirs > 0 and abs(mine - theirs) < 5e-4
+
+
+def test_int8_predicts_nearly_the_same(folder):
+    if not (folder / 'model.onnx').exists():
+        pytest.skip('no ONNX file was exported')
+    onnx, onnxruntime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
+    images = sorted((folder / 'scenes/leftImg8bit').rglob('*.png'))
+    log = execute(ROOT / 'tools/deployment/quantize_onnx.py', folder / 'model.onnx',
+                  folder / 'int8.onnx', *images, cwd=folder)
+    assert 'int8.onnx: ' in log
+    graph = onnx.load(folder / 'int8.onnx').graph
+    convolutions = [node for node in graph.node if node.op_type == 'Conv']
+    assert convolutions and all('DequantizeLinear' in name for node in convolutions
+                                for name in node.input[:2])
+    both = [onnxruntime.InferenceSession(folder / name, providers=['CPUExecutionProvider'])
+            for name in ('model.onnx', 'int8.onnx')]
+    agree = []
+    for image in images:
+        pixels = cv2.imread(str(image))[None, ..., ::-1].transpose(0, 3, 1, 2)
+        one, other = (session.run(None, dict(image=np.ascontiguousarray(pixels)))[0]
+                      for session in both)
+        agree.append((one == other).mean())
+    assert np.mean(agree) > 0.8, agree  # of random weights, whose logits are close
 
 
 def test_a_file_that_differs_is_removed(tool, folder, monkeypatch):

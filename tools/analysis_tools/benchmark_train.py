@@ -28,6 +28,9 @@ import mmseg_kn
 from mmengine.optim import build_optim_wrapper
 from mmseg.apis import init_model
 from mmseg.structures import SegDataSample
+from torch.profiler import ProfilerActivity, profile
+
+from mmseg_kn.channels_last import use_channels_last
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +43,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=11, help='(%(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='train under AmpOptimWrapper, bfloat16')
-    parser.add_argument('--channels-last', action='store_true', help='memory format')
+    parser.add_argument('--channels-last', action='store_true', help='as ChannelsLastHook has it')
+    parser.add_argument('--profile', type=int, default=0, metavar='OPS',
+                        help='print how a training step divides among so many operators')
     parser.add_argument('--out', help='CSV to write')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of every config')
@@ -64,7 +69,7 @@ class Contender:
         cfg.model.test_cfg = dict(mode='whole')
         self.model = init_model(cfg, device=args.device)
         if args.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+            use_channels_last(self.model)
         wrapper = dict(cfg.optim_wrapper)
         if args.amp:
             wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
@@ -121,6 +126,33 @@ def timed(call, device: torch.device) -> tuple[float, float | None]:
     return time.perf_counter() - start, None
 
 
+def times_of_operators(contender: Contender, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds in a training step of each kernel on a GPU, of each operator on the CPU.
+
+    An operator's time is without that of the operators it calls.
+    """
+    gpu = args.device.type == 'cuda'
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
+        contender.train()
+        if gpu:
+            torch.cuda.synchronize(args.device)
+    kind = 'device' if gpu else 'cpu'
+    return {event.key: getattr(event, f'self_{kind}_time_total') / 1e3
+            for event in profiler.key_averages() if not event.is_user_annotation}
+
+
+def print_profile(contenders: list[Contender], args: argparse.Namespace) -> None:
+    columns = [times_of_operators(contender, args) for contender in contenders]
+    names = sorted(set().union(*columns), key=lambda name: -max(c.get(name, 0) for c in columns))
+    shown, rest = names[:args.profile], names[args.profile:]
+    rows = [(name, [c.get(name, 0) for c in columns]) for name in shown]
+    rows += [(f'{len(rest)} others', [sum(c.get(name, 0) for name in rest) for c in columns]),
+             ('all', [sum(c.values()) for c in columns])]
+    print('\ntraining step, ms in each operator, configs in the order above')
+    for name, values in rows:
+        print(f'{name[:50]:50}' + ''.join(f'{value:10.1f}' for value in values))
+
+
 def main() -> None:
     args = parse_args()
     logging.disable(logging.INFO)  # mmengine's line for every initialised weight
@@ -153,6 +185,8 @@ def main() -> None:
             rows.append(dict(config=contender.name, step=mode, device=device,
                              torch=torch.__version__, batch=args.batch_size,
                              height=args.shape[0], width=args.shape[1],
+                             dtype='bfloat16 AMP' if args.amp else 'float32',
+                             layout='channels_last' if args.channels_last else 'channels_first',
                              median_ms=f'{median * 1e3:.1f}', p20_ms=f'{low * 1e3:.1f}',
                              p80_ms=f'{high * 1e3:.1f}',
                              images_per_s=f'{args.batch_size / median:.3f}',
@@ -171,6 +205,8 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
         print(f'written to {args.out}')
+    if args.profile:
+        print_profile(contenders, args)
 
 
 if __name__ == '__main__':

@@ -15,13 +15,17 @@ import onnxruntime
 from PIL import Image
 
 
-def segment(session, image: Image.Image, size=None) -> np.ndarray:
-    """Labels (H, W), uint8, of an image of H x W pixels."""
-    seen = image.convert('RGB')
+def pixels(image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
+    """What the network takes: (1, 3, H, W), RGB, uint8, resized to ``size``, (H, W)."""
+    image = image.convert('RGB')
     if size is not None:
-        seen = seen.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(seen).transpose(2, 0, 1)[None]  # (1, 3, H, W), RGB, uint8
-    output, = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(pixels)})
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)[None])
+
+
+def segment(session, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Labels (H, W), uint8, of an image of H x W pixels."""
+    output, = session.run(None, {session.get_inputs()[0].name: pixels(image, size)})
     labels = output[0] if output.ndim == 3 else output[0].argmax(0)  # --output logits
     labels = Image.fromarray(labels.astype(np.uint8))
     return np.asarray(labels.resize(image.size, Image.Resampling.NEAREST))
