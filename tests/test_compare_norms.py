@@ -1,4 +1,5 @@
 """The grid of configs, batch sizes and seeds, run as a user runs it."""
+import csv
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -76,19 +78,41 @@ def test_a_grid_killed_and_run_again(command):
     assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (.005, 4)
     assert cfg.randomness == dict(seed=3)
 
+    # the same as without a kill, which may cost a validation in between
+    alone = [*command, '--work-dir', work.parent / 'alone']
+    del alone[3]  # BatchNorm
+    log, _ = start(alone).communicate()
+    whole, = (work.parent / 'alone' / KN).glob('b1_s3-*/result.json')
+    whole = json.loads(whole.read_text())
+    assert (whole['miou'][-1], whole['loss']) == (result['miou'][-1], result['loss'])
+
     # BatchNorm cannot train so, and the table says it
     table = (work / 'table.md').read_text()
     kn, bn = (next(row for row in table.splitlines() if name in row) for name in (KN, BN))
     assert f'| {result["miou"][-1][1]:.1f} |' in kn
-    assert 'failed: ValueError: Expected more than 1 value per channel' in bn
+    assert '| ValueError: Expected more than 1 value per channel' in bn
     assert table in log and 'batch 1, seed 3: failed' in log
     assert cv2.imread(str(work / 'figures.png')).shape[1] > 1000
-    assert len((work / 'results.csv').read_text().splitlines()) == 3
+    with open(work / 'results.csv', newline='') as file:
+        good, bad = csv.DictReader(file)
+    assert (good['iterations'], good['torch'], bad['iterations']) == ('4', torch.__version__, '')
+    assert float(good['mIoU']) == result['miou'][-1][1]
+    with open(work / 'table.csv', newline='') as file:
+        assert [row['config'] for row in csv.DictReader(file)] == [KN, BN]
 
     before = {p: p.stat().st_mtime_ns for p in work.rglob('*.log')}
     log, _ = start(command).communicate()
     assert (work / 'table.md').read_text() == table and '(kept)' in log
     assert before == {p: p.stat().st_mtime_ns for p in work.rglob('*.log')}
+
+    # killed during the last validation, while a line was written
+    (cell / 'result.json').unlink()
+    for path in cell.glob('*/vis_data/scalars.json'):
+        kept = [line for line in path.read_text().splitlines(keepends=True)
+                if not ('mIoU' in line and '"step": 4' in line)]
+        path.write_text(''.join(kept) + '{"mIo')
+    log, _ = start(command).communicate()
+    assert (work / 'table.md').read_text() == table, log[-4000:]
 
 
 def test_other_settings_are_another_cell(tool):
@@ -135,12 +159,55 @@ def test_the_table_pairs_seeds(tool):
     groups = {('a', 2): {0: cell(30.), 1: cell(31.), 2: cell(33.)},
               ('b', 2): {0: cell(20.), 1: cell(22.), 2: cell(26.)},
               ('c', 2): {0: dict(error='no | room'), 1: cell(29.)}}
-    text = tool.table(groups, dict.fromkeys(groups, .01), dict.fromkeys('abc', (12., 3.)), 'a')
-    rows = text.splitlines()[2:]
-    assert rows[0] == '| a | 2 | 0.01 | 31.3 ± 1.5 | 30.0, 31.0, 33.0 |  | 4.00 | 7 | 12.0 | 3.0 |'
+    rows = tool.summary(groups, dict.fromkeys(groups, .01), dict.fromkeys('abc', (12., 3.)), 'a')
+    assert [(r['mIoU'], r['std'], r['of each seed']) for r in rows] == [
+        ('31.3', '1.5', '30.0, 31.0, 33.0'), ('22.7', '3.1', '20.0, 22.0, 26.0'),
+        ('29.0', '', '29.0')]
     # differences -10, -9, -7: t = -9.83 with two degrees of freedom
-    assert '| 22.7 ± 3.1 | 20.0, 22.0, 26.0 | -8.7 (p = 0.01) |' in rows[1]
-    assert '| 29.0 failed: no / room | 29.0 | -2.0 |' in rows[2]
+    assert [(r['to the first, paired'], r['p']) for r in rows] == [
+        ('', ''), ('-8.7', '0.01'), ('-2.0', '')]
+    assert rows[2]['failed'] == 'no | room'
+    lines = tool.markdown(rows).splitlines()
+    assert lines[2] == (
+        '| a | 2 | 0.01 | 31.3 | 1.5 | 30.0, 31.0, 33.0 |  |  | 4.00 | 7 | 12.0 | 3.0 |  |')
+    assert lines[4].endswith(' | no / room |') and 'failed' not in tool.markdown(rows[:2])
+
+
+def test_curves_that_lack_a_validation_are_drawn(tool):
+    import matplotlib.pyplot as plt
+    _, ax = plt.subplots()
+    tool.draw_curves(ax, [[(1, 5.), (2, 6.), (3, 7.)], [(1, 7.), (3, 9.)]], 1, color='C0')
+    assert ax.lines[0].get_xydata().tolist() == [[1, 6], [3, 8]]
+
+
+def test_other_schedules_and_datasets(tool, tmp_path):
+    """What mmseg's configs may have and ours do not."""
+    cfg = Config(dict(
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=80, val_interval=40),
+        optim_wrapper=dict(optimizer=dict(lr=.4)),
+        param_scheduler=dict(type='MultiStepLR', milestones=[40, 60], end=80, eta_min=.1),
+        train_dataloader=dict(batch_size=4, dataset=dict(type='RepeatDataset', dataset=dict(
+            type='ConcatDataset', datasets=[dict(data_root='a'), dict(data_root='b')]))),
+        val_dataloader=dict(dataset=dict(data_root='a')),
+        test_dataloader=dict(dataset=dict(data_root='a'))))
+    cfg.dump(tmp_path / 'config.py')
+    args = SimpleNamespace(data_root='c', cfg_options=None)
+    cfg = tool.load(str(tmp_path / 'config.py'), args)
+    assert [d.data_root for d in cfg.train_dataloader.dataset.dataset.datasets] == ['c', 'c']
+    (_, _, _, _, cell), = tool.grid(dict(x=cfg), [2], [0], tmp_path)
+    assert cell.param_scheduler == dict(
+        type='MultiStepLR', milestones=[80, 120], end=160, eta_min=.05)
+    assert cell.default_hooks.checkpoint == dict(
+        type='SafeCheckpointHook', by_epoch=False, interval=160)
+
+
+def test_complexity_of_a_plain_config(tool):
+    """Neither custom_imports nor a crop size in the data preprocessor."""
+    cfg = Config.fromfile(ROOT / f'configs/deeplabv3/{BN}.py')
+    expected = tool.complexity(cfg)
+    cfg.crop_size = cfg.model.data_preprocessor.pop('size')
+    cfg.pop('custom_imports')
+    assert tool.complexity(cfg) == expected
 
 
 def test_labels_are_what_names_do_not_share(tool):

@@ -112,7 +112,7 @@ def flags_of(tool):
     """The flags in the tool's --help."""
     out = io.StringIO()
     with (mock.patch.object(sys, 'argv', [tool, '--help']), contextlib.redirect_stdout(out),
-          mock.patch.object(sys, 'path', [str(ROOT / 'tools'), *sys.path]),
+          mock.patch.object(sys, 'path', [str((ROOT / tool).parent), *sys.path]),
           pytest.raises(SystemExit)):
         runpy.run_path(str(ROOT / tool), run_name='__main__')
     return set(re.findall(r'--[a-z][\w-]*', out.getvalue()))
@@ -393,6 +393,12 @@ class Swollen:
         return bytearray, (2**60, )
 
 
+def no_gpus():
+    from mmengine.dist import utils
+    with mock.patch('mmengine.device.get_device', lambda: 'cpu'):
+        utils._init_dist_pytorch('nccl')
+
+
 def old_mmcv(attempt):
     with (mock.patch.dict(sys.modules), mock.patch.object(mmcv, '__version__', '2.2.0'),
           mock.patch.object(mmengine, '__version__', '0.10.7')):
@@ -431,6 +437,7 @@ OURS = {
     'none whole': no_whole_checkpoint,
     'no room': no_room,
     'read-only': read_only,
+    'no GPUs': no_gpus,
     'dtype': lambda: KNConv2d(3, 8, 3)(torch.rand(1, 3, 8, 8).half()),
     'size': lambda: KNConv2d(3, 8, 3)(torch.rand(1, 3, 2, 2)),
     'BatchNorm': lambda: load_backbone(18, {'stem.1.running_mean': torch.ones(1)}),

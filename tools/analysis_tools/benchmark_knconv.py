@@ -135,9 +135,9 @@ class Timer:
         return events[0].elapsed_time(events[1]), peak / 2**20
 
 
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that backward keeps: distinct storages, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+def saved_bytes(module: nn.Module, x: Tensor, call=None) -> int:
+    """Bytes that the backward pass of ``call(x)`` keeps: distinct storages, not the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     storages = {}
 
     def pack(tensor):
@@ -147,7 +147,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
+        y = (call or module)(x)
         # the next layer's input, which a following convolution would save
         storages[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
     return sum(storages.values())
@@ -167,13 +167,18 @@ def measure_peaks(args: argparse.Namespace) -> tuple[float, float]:
     return channels**2 * 64**2 / min(products), 2 * source.numel() / min(copies)
 
 
+def needs_gradient(shape: tuple) -> bool:
+    return shape[0] > 3
+
+
 def floors(shape: tuple, batch: int, row: str, mode: str, peaks: tuple, itemsize: int) -> tuple:
     """Milliseconds that the multiply-adds take at least, and the bytes; (None, None) if unknown.
 
     A convolution reads its input and writes its output; its two gradients read and write two
     more of each. KNConv reads x for the statistics, reads z and writes y; back, it reads g and
     z and writes h, reads x and reads and writes dx. BatchNorm reads z twice and writes y; back,
-    it reads g and z twice and writes their gradient.
+    it reads g and z twice and writes their gradient. An image needs no gradient. Products with
+    padding are counted, which a convolution may leave out.
     """
     extra = {'conv': (0, 0, 0, 0), 'conv+bn': (0, 3, 0, 5), 'knconv': (1, 2, 3, 3)}.get(row)
     if extra is None:
@@ -185,7 +190,8 @@ def floors(shape: tuple, batch: int, row: str, mode: str, peaks: tuple, itemsize
     x, y = batch * channels * height * width, batch * out * ho * wo
     macs, moved = y * channels * kernel**2, (1 + extra[0]) * x + (1 + extra[1]) * y
     if mode == 'train':
-        macs, moved = 3 * macs, moved + (2 + extra[2]) * x + (2 + extra[3]) * y
+        moved += (2 + extra[3]) * y + ((2 + extra[2]) * x if needs_gradient(shape) else x)
+        macs *= 3 if needs_gradient(shape) else 2
     return macs / peaks[0], moved * itemsize / peaks[1]
 
 
@@ -194,7 +200,7 @@ def measure(shape: tuple, batch: int, args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     x = torch.rand(batch, shape[0], *shape[5:], device=args.device, dtype=args.dtype)
-    x = (x - 0.5).relu().contiguous(memory_format=layout).requires_grad_(shape[0] > 3)
+    x = (x - 0.5).relu().contiguous(memory_format=layout).requires_grad_(needs_gradient(shape))
     rows = {name: layer.to(args.device, args.dtype, memory_format=layout)
             for name, layer in build_rows(shape).items() if name not in args.skip}
     with torch.no_grad():
@@ -226,18 +232,29 @@ def measure(shape: tuple, batch: int, args: argparse.Namespace) -> dict:
     return results
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU, or the CPU and the threads in use."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
+             if line.startswith('model name')] if info.exists() else []
+    return f'{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads'
+
+
+def versions() -> dict[str, str]:
+    found = dict(torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
+    if torch.cuda.is_available():
+        import triton
+        found.update(triton=triton.__version__, cudnn=str(torch.backends.cudnn.version()))
+    return found
+
+
 def describe(args: argparse.Namespace) -> dict[str, str]:
-    if args.device.type == 'cuda':
-        device = torch.cuda.get_device_name(args.device)
-    else:
-        info = Path('/proc/cpuinfo')
-        names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
-                 if line.startswith('model name')] if info.exists() else []
-        device = f'{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads'
     probe = torch.empty(1, 1, 1, 1, device=args.device, dtype=args.dtype)
-    return dict(device=device, dtype=str(args.dtype).removeprefix('torch.'),
+    return dict(device=device_name(args.device), dtype=str(args.dtype).removeprefix('torch.'),
                 layout='channels_last' if args.channels_last else 'channels_first',
-                impl=chosen_impl(probe), torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
+                impl=chosen_impl(probe), **versions())
 
 
 SLOW = ('reference', 'unfused')  # in half of the rounds only
@@ -278,7 +295,7 @@ def main() -> None:
                 if mode == 'saved':
                     continue
                 times = sorted(s[0] for s in samples)
-                low, _, _, high = statistics.quantiles(times, n=5)
+                low, _, _, high = statistics.quantiles(times, n=5, method='inclusive')
                 compute, memory = floors(shape, batch, row, mode, peaks, args.dtype.itemsize)
                 table.append(dict(
                     **setting, shape=name, batch=batch, row=row, mode=mode,

@@ -2,8 +2,10 @@
 
 Images and labels are random and on the device already: what is measured is the model, its loss
 and its optimizer, not the data pipeline. The multiply-adds are those of the backbone's
-convolutions for one image. Peak memory is what is allocated on a GPU; on the CPU that of the whole
-process, given for one config alone. Private configs clip each sample and add noise as in training.
+convolutions for one image. Saved is what a training step keeps for its backward pass. Peak memory
+is on a GPU what a step takes above what was there before, weights and momentum; on the CPU that of
+the whole process, given for one config alone. Private configs clip each sample and add noise as in
+training.
 
     python tools/analysis_tools/benchmark_train.py \
         configs/deeplabv3/deeplabv3_knr18-d8_1xb2-400_camvid-160x160.py \
@@ -14,6 +16,7 @@ import csv
 import logging
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +25,10 @@ from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmseg_kn
+import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
 # isort: split
+from benchmark_knconv import device_name, saved_bytes, versions
 from mmengine.optim import build_optim_wrapper
 from mmseg.apis import init_model
 from mmseg.structures import SegDataSample
@@ -81,6 +85,8 @@ class Contender:
         if private:
             self.wrapper.attach(self.model, sample_rate=0.01, batch_size=args.batch_size,
                                 steps=1, num_items=100 * args.batch_size)
+        self.autocast = partial(torch.autocast, args.device.type, torch.bfloat16,
+                                enabled=args.amp)
         classes = self.model.decode_head.num_classes
         generator = torch.Generator().manual_seed(0)
         samples = []
@@ -102,7 +108,19 @@ class Contender:
     def infer(self) -> None:
         self.model.eval()
         data = self.model.data_preprocessor(self.batch, training=True)
-        self.model(data['inputs'], mode='tensor')
+        with self.autocast():
+            self.model(data['inputs'], mode='tensor')
+
+    def saved_mib(self) -> float:
+        """Kept for the backward pass of a training step."""
+        data = self.model.train().data_preprocessor(self.batch, training=True)
+
+        def loss(inputs):
+            with self.autocast():
+                return self.model.parse_losses(
+                    self.model.loss(inputs, data['data_samples']))[0]
+
+        return saved_bytes(self.model, data['inputs'], loss) / 2**20
 
     def multiply_adds(self) -> float:
         """Of the backbone's convolutions for one image, in 10 ** 9."""
@@ -118,11 +136,13 @@ def timed(call, device: torch.device) -> tuple[float, float | None]:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     call()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 2**20
+        seconds = time.perf_counter() - start
+        return seconds, (torch.cuda.max_memory_allocated(device) - before) / 2**20
     return time.perf_counter() - start, None
 
 
@@ -157,10 +177,9 @@ def main() -> None:
     args = parse_args()
     logging.disable(logging.INFO)  # mmengine's line for every initialised weight
     contenders = [Contender(path, args) for path in args.configs]
-    device = (torch.cuda.get_device_name(args.device) if args.device.type == 'cuda'
-              else f'CPU, {torch.get_num_threads()} threads')
-    print(f'{device}, torch {torch.__version__}, mmseg_kn {mmseg_kn.__version__}, batch '
-          f'{args.batch_size}, {args.shape[0]} x {args.shape[1]}'
+    setting = dict(device=device_name(args.device), **versions())
+    print(', '.join(f'{name} {value}' for name, value in setting.items())
+          + f', batch {args.batch_size}, {args.shape[0]} x {args.shape[1]}'
           + (', bfloat16 AMP' if args.amp else '')
           + (', channels_last' if args.channels_last else ''))
     samples = {}
@@ -172,33 +191,34 @@ def main() -> None:
                     samples.setdefault((j, mode), []).append(sample)
     rows = []
     for j, contender in enumerate(contenders):
-        macs = contender.multiply_adds()
+        macs, saved = contender.multiply_adds(), contender.saved_mib()
         for mode in ('train', 'infer'):
             times = [s[0] for s in samples[j, mode]]
-            low, _, _, high = statistics.quantiles(times, n=5)
+            low, _, _, high = statistics.quantiles(times, n=5, method='inclusive')
             median = statistics.median(times)
             base = statistics.median(s[0] for s in samples[len(contenders) - 1, mode])
             peak = samples[j, mode][-1][1]
             if peak is None and len(contenders) == 1:
                 import resource  # which Windows lacks
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            rows.append(dict(config=contender.name, step=mode, device=device,
-                             torch=torch.__version__, batch=args.batch_size,
+            rows.append(dict(config=contender.name, step=mode, **setting, batch=args.batch_size,
                              height=args.shape[0], width=args.shape[1],
                              dtype='bfloat16 AMP' if args.amp else 'float32',
                              layout='channels_last' if args.channels_last else 'channels_first',
                              median_ms=f'{median * 1e3:.1f}', p20_ms=f'{low * 1e3:.1f}',
                              p80_ms=f'{high * 1e3:.1f}',
                              images_per_s=f'{args.batch_size / median:.3f}',
+                             saved_mib=f'{saved:.0f}' if mode == 'train' else '',
                              peak_mib='' if peak is None else f'{peak:.0f}',
                              backbone_gmacs=f'{macs:.2f}', ratio=f'{median / base:.3f}'))
     width = max(len(row['config']) for row in rows)
-    print(f'{"config":{width}}  step   median ms (20 .. 80 %)     images/s  peak MiB  '
+    print(f'{"config":{width}}  step   median ms (20 .. 80 %)     images/s  saved MiB  peak MiB  '
           'backbone GMAC  ratio')
     for row in rows:
         spread = f'{row["median_ms"]} ({row["p20_ms"]} .. {row["p80_ms"]})'
         print(f'{row["config"]:{width}}  {row["step"]:5}  {spread:25} {row["images_per_s"]:>9} '
-              f'{row["peak_mib"] or "-":>9} {row["backbone_gmacs"]:>14} {row["ratio"]:>6}')
+              f'{row["saved_mib"] or "-":>10} {row["peak_mib"] or "-":>9} '
+              f'{row["backbone_gmacs"]:>14} {row["ratio"]:>6}')
     if args.out:
         with open(args.out, 'w', newline='') as file:
             writer = csv.DictWriter(file, rows[0].keys())

@@ -2,7 +2,8 @@
 
 Every cell of the grid config x batch size x seed is a run of tools/train.py in a folder of its
 own, whose name ends in a hash of its whole config. Cells that have finished are kept, one that was
-killed goes on from its last checkpoint, and one that fails is reported as failed.
+killed goes on from its last checkpoint to the same result (IterationSeedHook), and one that fails
+is reported as failed.
 
 From a config's own batch size B0, batch size B takes lr * B / B0 and iterations * B0 / B (likewise
 eta_min, and every interval): each cell sees as many images. --lrs gives each config a learning
@@ -13,7 +14,7 @@ rate of its own, for a comparison of each at its best.
         configs/deeplabv3/deeplabv3_{knr18,r18,r18-gn,r18-ln,r18-nonorm}-d8_$CAMVID.py \\
         --batch-sizes 1 2 8 --seeds 0 1 2 --work-dir work_dirs/compare_norms
 
-In --work-dir: results.csv (a line for each cell), table.md, figures.png.
+In --work-dir: results.csv (a line for each cell), table.md and table.csv, figures.png.
 """
 import argparse
 import copy
@@ -87,10 +88,20 @@ def load(path: str, args: argparse.Namespace) -> Config:
         raise SystemExit(f'{path} must train by iterations (train_cfg.type IterBasedTrainLoop)')
     if args.data_root:
         for split in ('train', 'val', 'test'):
-            cfg[f'{split}_dataloader'].dataset.data_root = args.data_root
+            for dataset in innermost(cfg[f'{split}_dataloader'].dataset):
+                dataset.data_root = args.data_root
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     return cfg
+
+
+def innermost(dataset: Config):
+    """The datasets within wrappers such as RepeatDataset and ConcatDataset."""
+    inside = dataset.get('datasets') or ([dataset.dataset] if 'dataset' in dataset else [])
+    for part in inside:
+        yield from innermost(part)
+    if not inside:
+        yield dataset
 
 
 def rescale(cfg: Config, batch_size: int) -> None:
@@ -98,17 +109,25 @@ def rescale(cfg: Config, batch_size: int) -> None:
     ratio = batch_size / cfg.train_dataloader.batch_size
     cfg.train_dataloader.batch_size = batch_size
     cfg.optim_wrapper.optimizer.lr *= ratio
+    schedulers = cfg.get('param_scheduler') or []
+    schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+    cfg.setdefault('default_hooks', {})
+    hooks = cfg.default_hooks
+
+    def scaled(iterations):
+        return max(1, round(iterations / ratio)) if iterations else iterations
+
     for holder, keys in ((cfg.train_cfg, ('max_iters', 'val_interval', 'val_begin')),
-                         (cfg.default_hooks.checkpoint, ('interval', )),
-                         *((scheduler, ('begin', 'end')) for scheduler in cfg.param_scheduler)):
-        for key in keys:
-            if holder.get(key):
-                holder[key] = max(1, round(holder[key] / ratio))
-    for scheduler in cfg.param_scheduler:
+                         (hooks.get('checkpoint', {}), ('interval', )),
+                         *((scheduler, ('begin', 'end', 'T_max')) for scheduler in schedulers)):
+        holder.update({key: scaled(holder[key]) for key in keys if key in holder})
+    for scheduler in schedulers:
+        if 'milestones' in scheduler:
+            scheduler.milestones = [scaled(i) for i in scheduler.milestones]
         if 'eta_min' in scheduler:
             scheduler.eta_min *= ratio
-    logger = cfg.default_hooks.logger
-    logger.interval = min(logger.get('interval', 10), cfg.train_cfg.max_iters)
+    logger = hooks.setdefault('logger', dict(type='LoggerHook'))
+    logger['interval'] = min(logger.get('interval', 10), cfg.train_cfg.max_iters)
 
 
 def folder_of(cfg: Config) -> str:
@@ -128,6 +147,11 @@ def grid(configs: dict[str, Config], batch_sizes: list[int] | None, seeds: list[
                 cfg = copy.deepcopy(base)  # Config.copy() shares what is nested
                 rescale(cfg, batch)
                 cfg.randomness = dict(seed=seed)
+                # A cell that is killed goes on as if it had not been.
+                cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='IterationSeedHook')]
+                cfg.default_hooks.setdefault('checkpoint', dict(
+                    by_epoch=False, interval=cfg.train_cfg.max_iters))
+                cfg.default_hooks.checkpoint.type = 'SafeCheckpointHook'
                 cells.append((name, batch, seed, work_dir / name / folder_of(cfg), cfg))
     return cells
 
@@ -146,14 +170,20 @@ def run(cell: Path, cfg: Config) -> dict:
         except BaseException:
             process.kill()
             raise
-    result = dict(seconds=round(time.time() - start), resident_mib=usage.ru_maxrss >> 10)
-    if status:
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+              f'CPU, {torch.get_num_threads()} threads')
+    result = dict(seconds=round(time.time() - start), resident_mib=usage.ru_maxrss >> 10,
+                  device=device, torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
+    code, end = os.waitstatus_to_exitcode(status), cfg.train_cfg.max_iters
+    if code:
         lines = (cell / 'train.log').read_text().strip().splitlines()
-        result['error'] = lines[-1] if lines else f'exit status {status}'
+        result['error'] = (f'killed by {signal.Signals(-code).name}' if code < 0 else
+                           lines[-1] if lines else f'exit status {code}')
     else:
         result.update(curves(cell))
-        if not (result['miou'] and result['loss']):
-            result['error'] = 'no mIoU and no loss in the log; see train_cfg.val_interval'
+        if not result['loss'] or not result['miou'] or result['miou'][-1][0] != end:
+            result['error'] = (f'no loss, or no mIoU of iteration {end}, in the log; see '
+                               'train_cfg.val_interval and val_evaluator')
     part = cell / 'result.json.part'
     part.write_text(json.dumps(result))
     part.replace(cell / 'result.json')
@@ -165,7 +195,10 @@ def curves(cell: Path) -> dict:
     miou, loss, times, memory = {}, {}, [], []
     for path in sorted(cell.glob('*/vis_data/scalars.json')):
         for line in path.read_text().splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut off by a kill
+                continue
             if 'mIoU' in entry:
                 miou[entry['step']] = entry['mIoU']
             elif 'loss' in entry:
@@ -180,43 +213,47 @@ def curves(cell: Path) -> dict:
 def complexity(cfg: Config) -> tuple[float, float]:
     """Parameters in 10 ** 6, and multiply-adds of one training crop in 10 ** 9."""
     init_default_scope(cfg.default_scope)
-    import_modules_from_strings(**cfg.custom_imports)
+    import_modules_from_strings(**cfg.get('custom_imports', dict(imports=[])))
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-    size = cfg.model.data_preprocessor.size
+    size = cfg.model.data_preprocessor.get('size') or cfg.get('crop_size', (512, 1024))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.rand(1, 3, *size), mode='tensor')
     return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
 
 
-def table(groups: dict, lrs: dict, sizes: dict, first: str) -> str:
-    lines = ['| config | batch size | lr | mIoU | of each seed | to the first, paired | '
-             'images/s | peak MiB | parameters, M | GMAC |', '|---' * 10 + '|']
+def summary(groups: dict, lrs: dict, sizes: dict, first: str) -> list[dict]:
+    """A row for each config and batch size."""
+    rows = []
     for (name, batch), cells in groups.items():
         parameters, macs = sizes[name]
         done = {seed: r for seed, r in cells.items() if 'error' not in r}
-        failed = sorted({r['error'] for r in cells.values() if 'error' in r})
         final = {seed: r['miou'][-1][1] for seed, r in done.items()}
+        others = {seed: r['miou'][-1][1] for seed, r in groups.get((first, batch), {}).items()
+                  if 'error' not in r}
+        pairs = [final[seed] - others[seed] for seed in final if seed in others and name != first]
         values = list(final.values())
-        spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-        miou = f'{statistics.mean(values):.1f}{spread}' if values else ''
-        miou += ''.join(f' failed: {error}'.replace('|', '/') for error in failed)
-        others = {seed: r['miou'][-1][1] for seed, r in groups[first, batch].items()
-                  if 'error' not in r} if (first, batch) in groups else {}
-        pairs = [final[seed] - others[seed] for seed in final if seed in others]
-        paired = ''
-        if name != first and pairs:
-            paired = f'{statistics.mean(pairs):+.1f}'
-            if len(pairs) > 1:
-                paired += f' (p = {ttest_1samp(pairs, 0).pvalue:.2g})'
-        speed, memory = '', ''
-        if done:
-            speed = statistics.median(batch / r['iteration_seconds'] for r in done.values())
-            speed = f'{speed:.2f}'
-            memory = max(r['gpu_mib'] or r['resident_mib'] for r in done.values())
-        lines.append(f'| {name} | {batch} | {lrs[name, batch]:.4g} | {miou.strip()} | '
-                     f'{", ".join(f"{v:.1f}" for v in values)} | {paired} | {speed} | {memory} | '
-                     f'{parameters:.1f} | {macs:.1f} |')
-    return '\n'.join(lines) + '\n'
+        rows.append({
+            'config': name, 'batch size': batch, 'lr': f'{lrs[name, batch]:.4g}',
+            'mIoU': f'{statistics.mean(values):.1f}' if values else '',
+            'std': f'{statistics.stdev(values):.1f}' if len(values) > 1 else '',
+            'of each seed': ', '.join(f'{v:.1f}' for v in values),
+            'to the first, paired': f'{statistics.mean(pairs):+.1f}' if pairs else '',
+            'p': f'{ttest_1samp(pairs, 0).pvalue:.2g}' if len(pairs) > 1 else '',
+            'images/s': f"""{statistics.median(batch / r['iteration_seconds']
+                                               for r in done.values()):.2f}""" if done else '',
+            'peak MiB': max((r['gpu_mib'] or r['resident_mib'] for r in done.values()),
+                            default=''),
+            'parameters, M': f'{parameters:.1f}', 'GMAC': f'{macs:.1f}',
+            'failed': '; '.join(sorted({r['error'] for r in cells.values() if 'error' in r}))})
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """Without columns that are empty throughout."""
+    heads = [head for head in rows[0] if any(row[head] != '' for row in rows)]
+    lines = [heads, ['---'] * len(heads),
+             *([str(row[head]).replace('|', '/') for head in heads] for row in rows)]
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 
 
 def short(names: list[str]) -> dict[str, str]:
@@ -227,8 +264,11 @@ def short(names: list[str]) -> dict[str, str]:
 
 
 def draw_curves(ax: plt.Axes, curves: list[list], scale: float, **style) -> None:
-    """Mean over seeds, and as a band the range, of curves [(iteration, value), ...]."""
-    steps = [step for step, _ in curves[0]]
+    """Mean over seeds, and as a band the range, of curves [(iteration, value), ...].
+
+    Where one lacks an iteration, killed during its validation, the mean does.
+    """
+    steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
     values = np.array([[v for step, v in curve if step in steps] for curve in curves])
     x = np.array(steps) * scale
     ax.plot(x, values.mean(0), marker='.', lw=1.2, **style)
@@ -271,21 +311,28 @@ def draw(groups: dict, path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def write_csv(groups: dict, lrs: dict, path: Path) -> None:
+def cells_of(groups: dict, lrs: dict) -> list[dict]:
+    """A row for each cell."""
+    rows = []
+    for (name, batch), cells in groups.items():
+        for seed, r in cells.items():
+            good = 'error' not in r
+            rows.append(dict(
+                config=name, batch_size=batch, lr=lrs[name, batch], seed=seed,
+                iterations=r['miou'][-1][0] if good else '',
+                mIoU=r['miou'][-1][1] if good else '',
+                images_per_s=f'{batch / r["iteration_seconds"]:.3f}' if good else '',
+                gpu_mib=r['gpu_mib'] if good else '', resident_mib=r['resident_mib'],
+                seconds=r['seconds'], error=r.get('error', ''), torch=r.get('torch', ''),
+                mmseg_kn=r.get('mmseg_kn', ''), device=r.get('device', '')))
+    return rows
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
     with open(path, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(['config', 'batch_size', 'lr', 'seed', 'mIoU', 'images_per_s', 'gpu_mib',
-                         'resident_mib', 'seconds', 'error', 'torch', 'device'])
-        device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
-                  f'CPU, {torch.get_num_threads()} threads')
-        for (name, batch), cells in groups.items():
-            for seed, r in cells.items():
-                good = 'error' not in r
-                writer.writerow([
-                    name, batch, lrs[name, batch], seed, r['miou'][-1][1] if good else '',
-                    f'{batch / r["iteration_seconds"]:.3f}' if good else '',
-                    r['gpu_mib'] if good else '', r['resident_mib'], r['seconds'],
-                    r.get('error', ''), torch.__version__, device])
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -295,6 +342,7 @@ def main() -> None:
     configs = {Path(path).stem: load(path, args) for path in args.configs}
     for cfg, lr in zip(configs.values(), args.lrs or [], strict=False):
         cfg.optim_wrapper.optimizer.lr = lr
+    sizes = {name: complexity(cfg) for name, cfg in configs.items()}
     cells = grid(configs, args.batch_sizes, args.seeds, args.work_dir)
 
     def kept(cell: Path) -> dict | None:
@@ -303,7 +351,8 @@ def main() -> None:
         return None if result and 'error' in result and args.retry_failed else result
 
     groups, spent = {name_batch[:2]: {} for name_batch in sorted(
-        cells, key=lambda c: list(configs).index(c[0]))}, []
+        cells, key=lambda c: list(configs).index(c[0]))}, [
+            r['seconds'] for r in (kept(c[3]) for c in cells) if r and 'error' not in r]
     for i, (name, batch, seed, cell, cfg) in enumerate(cells):
         title = f'[{i + 1}/{len(cells)}] {name}, batch {batch}, seed {seed}: '
         result, note = kept(cell), 'kept'
@@ -320,13 +369,14 @@ def main() -> None:
                    f'mIoU {result["miou"][-1][1]:.2f} in {timedelta(seconds=result["seconds"])}')
         print(f'{title}{outcome} ({note})', flush=True)
 
-    sizes = {name: complexity(cfg) for name, cfg in configs.items()}
     lrs = {(name, batch): cfg.optim_wrapper.optimizer.lr for name, batch, _, _, cfg in cells}
-    text = table(groups, lrs, sizes, next(iter(configs)))
+    rows = summary(groups, lrs, sizes, next(iter(configs)))
+    text = markdown(rows)
     (args.work_dir / 'table.md').write_text(text)
-    write_csv(groups, lrs, args.work_dir / 'results.csv')
+    write_csv(rows, args.work_dir / 'table.csv')
+    write_csv(cells_of(groups, lrs), args.work_dir / 'results.csv')
     draw(groups, args.work_dir / 'figures.png')
-    print(f'\n{text}\n{args.work_dir}: results.csv, table.md, figures.png '
+    print(f'\n{text}\n{args.work_dir}: results.csv, table.md, table.csv, figures.png '
           f'(mmseg_kn {mmseg_kn.__version__}, torch {torch.__version__})')
     failed = sum('error' in r for results in groups.values() for r in results.values())
     if failed:
