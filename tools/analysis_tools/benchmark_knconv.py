@@ -16,6 +16,8 @@ import math
 import platform
 import statistics
 import time
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -245,8 +247,8 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     found = dict(torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
     if torch.cuda.is_available():
-        import triton
-        found.update(triton=triton.__version__, cudnn=str(torch.backends.cudnn.version()))
+        found.update(cuda=torch.version.cuda, cudnn=str(torch.backends.cudnn.version()),
+                     triton=metadata.version('triton') if find_spec('triton') else '')
     return found
 
 
