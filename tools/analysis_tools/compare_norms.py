@@ -304,7 +304,8 @@ def draw(groups: dict, path: Path) -> None:
                  title='mean and range over seeds')
     by_time.set(xlabel='minutes of training', ylabel='training loss', yscale='log',
                 title='mean and range over seeds')
-    by_batch.legend()
+    if by_batch.has_data():
+        by_batch.legend()
     by_image.legend(handles=[plt.Line2D([], [], color='k', ls=styles[b], label=f'batch {b}')
                              for b in batches])
     fig.tight_layout()
