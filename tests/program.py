@@ -14,7 +14,8 @@ def execute(*args, cwd, check=True, path=()):
     """
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (ROOT, *path))),
                OMP_NUM_THREADS='1',
-               PYTHONWARNINGS='error::DeprecationWarning:__main__')  # of the program itself
+               PYTHONWARNINGS=','.join(f'error::DeprecationWarning:{name}' for name in (
+                   '__main__', 'infer_onnx')))  # of the program itself, and of what it imports
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert not check or done.returncode == 0, done.stdout[-4000:]

@@ -4,6 +4,7 @@ The cases are the same in every run. PROPERTY_CASES sets how many there are, 200
 """
 import os
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmseg_kn import KernelNorm2d, KNConv2d
-from mmseg_kn.ops import kernel_norm2d, kn_conv2d
+from mmseg_kn.ops import fused, kernel_norm2d, kn_conv2d
 from mmseg_kn.ops.geometry import make_geometry
 
 CASES = int(os.environ.get('PROPERTY_CASES', 2000))
@@ -21,6 +22,7 @@ LAYOUTS = ('contiguous', 'channels_last', 'columns', 'rows and columns', 'transp
 DATA = ('normal', 'shifted', 'ties')
 FINISHES = (None, 'relu', 'residual')
 HALVES = (torch.bfloat16, torch.float16)
+DROPOUT = st.sampled_from([0.0, 0.05, 0.3, 0.9])
 
 
 def cases_of(share, *strategies):
@@ -62,7 +64,7 @@ def windows(draw, dilated=True, paddings=None):
 
 @st.composite
 def cases(draw, finishes=FINISHES, layouts=LAYOUTS, data=DATA, **kwargs):
-    """A convolution. Statistics are not dropped in training, so that they can be compared."""
+    """A convolution. In training dropout is left to the tests: each call draws its own."""
     case = draw(windows(**kwargs))
     training = draw(st.booleans())
     case.update(
@@ -154,6 +156,32 @@ def moments(x, case):
         len(x), 1, *geometry.output_size(*case['size']))
 
 
+def mask(x, dropped, p):
+    """What fused keeps of ``x``, 1 or 0, as its backward sees it."""
+    n, c, h, w = x.shape
+    one = torch.full((n, h, w), c, dtype=x.dtype)
+    return fused.add_moment_grads(torch.zeros_like(x), x, make_geometry(1), dropped, p,
+                                  fused.MomentGrads(one, torch.zeros_like(one), None))
+
+
+@contextmanager
+def dropping_the_same(x, padding, p, run):
+    """Every call drops the same in it, the definition too: what fused draws in ``run()``."""
+    drawn, draw = [], fused.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, 'draw',
+                      lambda x, p: drawn.append((x, draw(x, p))) or drawn[-1][1])
+        run()
+        if drawn:
+            (seen, dropped), = drawn
+            scale = mask(seen.detach(), dropped, p) / (1 - p)
+            if seen.shape == x.shape:  # else padded beforehand
+                scale = F.pad(scale, padding)
+            patch.setattr(fused, 'draw', lambda x, p: dropped)
+            patch.setattr(F, 'dropout', lambda x, p: x * scale)
+        yield bool(drawn)
+
+
 # Properties
 
 
@@ -176,28 +204,41 @@ def test_size_is_nn_conv2ds(case):
     assert layer.weight.shape == conv.weight.shape
 
 
-@cases_of(20, cases())
-def test_fused_equals_reference(case):
-    tensors, options = make(case)
-    grad = upstream(tensors, options)
+@cases_of(20, cases(), DROPOUT)
+def test_fused_equals_reference(case, dropout_p):
+    """Under dropout, in training too."""
+    tensors, options = make(dict(case, dropout_p=dropout_p))
     plain = [None if t is None else t.contiguous() for t in tensors]
-    assert_close(output_and_gradients(tensors, dict(options, impl='fused'), grad),
-                 output_and_gradients(plain, dict(options, impl='reference'), grad), 1e-9)
-    with torch.no_grad():  # another way through the code
-        assert_close([call(tensors, dict(options, impl='fused'))],
-                     [call(plain, dict(options, impl='reference'))], 1e-9)
+    fast, slow = dict(options, impl='fused'), dict(options, impl='reference')
+    torch.manual_seed(case['seed'])
+    padding = make_geometry(case['kernel'], **case['options']).padding
+    with dropping_the_same(tensors[0], padding, dropout_p, lambda: call(tensors, fast)) as drops:
+        assert drops == (case['training'] and dropout_p > 0)
+        grad = upstream(tensors, options)
+        assert_close(output_and_gradients(tensors, fast, grad),
+                     output_and_gradients(plain, slow, grad), 1e-9)
+        with torch.no_grad():  # another way through the code
+            assert_close([call(tensors, fast)], [call(plain, slow)], 1e-9)
 
 
-@cases_of(8, cases(dilated=False, finishes=(None, )))
-def test_fused_equals_reference_in_kernel_norm2d(case):
+@cases_of(8, cases(dilated=False, finishes=(None, )), DROPOUT)
+def test_fused_equals_reference_in_kernel_norm2d(case, dropout_p):
     (x, *_), _ = make(case)
+
+    def norm(x, impl='fused'):
+        return kernel_norm2d(x, case['kernel'], **case['options'], dropout_p=dropout_p,
+                             training=case['training'], impl=impl)
+
     results = []
-    for impl in ('fused', 'reference'):
-        leaf = x.detach().requires_grad_()
-        y = kernel_norm2d(leaf, case['kernel'], **case['options'], dropout_p=case['dropout_p'],
-                          training=case['training'], impl=impl)
-        y.backward(torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape))
-        results.append([y.detach(), leaf.grad])
+    torch.manual_seed(case['seed'])
+    padding = make_geometry(case['kernel'], **case['options']).padding
+    with dropping_the_same(x, padding, dropout_p, lambda: norm(x)) as drops:
+        assert drops == (case['training'] and dropout_p > 0)
+        for impl in ('fused', 'reference'):
+            leaf = x.detach().requires_grad_()
+            y = norm(leaf, impl)
+            y.backward(torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape))
+            results.append([y.detach(), leaf.grad])
     assert_close(*results, 1e-9)
     geometry = make_geometry(case['kernel'], **case['options'])
     units = geometry.output_size(*case['size'])
@@ -223,22 +264,26 @@ def test_rounding_stays_within_that_of_one_convolution(case, dtype, impl):
     assert all(g.dtype == dtype and g.isfinite().all() for g in grads)
 
 
-@cases_of(7, cases(finishes=(None, 'relu')))
-def test_padding_is_seen_near_the_border_only(case):
-    """Translation equivariance: an interior unit's output does not depend on where it lies."""
-    tensors, options = make(case)
+@cases_of(7, cases(finishes=(None, 'relu')),
+          st.tuples(st.integers(0, 2), st.integers(0, 2)).filter(any))
+def test_where_the_image_begins_is_seen_near_the_border_only(case, shift):
+    """Translation equivariance: by ``shift`` strides, of the units that lie in both images."""
     geometry = make_geometry(case['kernel'], **case['options'])
-    left, _, top, _ = geometry.padding
-    # The first unit inside, and the pixel where it begins.
-    rows, columns = (-(-pad // s) for pad, s in zip((top, left), geometry.stride, strict=True))
-    y0, x0 = rows * geometry.stride[0] - top, columns * geometry.stride[1] - left
-    crop = tensors[0][:, :, y0:, x0:]
-    inner = geometry._replace(padding=(0, ) * 4).output_size(*crop.shape[2:])
-    if min(inner) < 1:
-        return
-    alone = call([crop, *tensors[1:]], dict(options, padding=0))
-    inside = call(tensors, options)[:, :, rows:rows + inner[0], columns:columns + inner[1]]
-    assert_close([alone], [inside], 1e-9)
+    left, right, top, bottom = geometry.padding
+    # Large enough for one common unit, and up to five pixels more.
+    size = [n + pad + s * (by + 1) for n, pad, s, by in zip(
+        case['size'], (top + bottom, left + right), geometry.stride, shift, strict=True)]
+    pixels = [s * by for s, by in zip(geometry.stride, shift, strict=True)]
+    (x, *others), options = make(dict(case, size=[sum(v) for v in zip(size, pixels, strict=True)]))
+    here, there = (call([x[:, :, i:i + size[0], j:j + size[1]], *others], options)
+                   for i, j in ((0, 0), pixels))
+    # Rows and columns of the units that see no padding.
+    inner = [(-(-pad // s), (n + pad - d * (k - 1) - 1) // s + 1) for n, pad, s, d, k in zip(
+        size, (top, left), geometry.stride, geometry.dilation, geometry.kernel, strict=True)]
+    assert all(end - first > by for (first, end), by in zip(inner, shift, strict=True))
+    (y0, y1), (x0, x1) = inner
+    assert_close([there[:, :, y0:y1 - shift[0], x0:x1 - shift[1]]],
+                 [here[:, :, y0 + shift[0]:y1, x0 + shift[1]:x1]], 1e-9)
 
 
 @cases_of(6, cases(paddings=st.just(0), data=('normal', 'ties')), st.sampled_from([-7., 1., 300.]))

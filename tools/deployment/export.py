@@ -9,6 +9,7 @@ predict makes them of, `logits`, (N, classes, H, W).
     python tools/deployment/export.py CONFIG CHECKPOINT --format torchscript model.pt
 """
 import argparse
+import copy
 import statistics
 import time
 import warnings
@@ -25,7 +26,7 @@ import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 from mmseg.apis import init_model
 
 DTYPES = dict(float32=torch.float32, float16=torch.float16)
-# Largest difference between file and model, relative to the largest logit.
+# Largest difference between file and float32 model, relative to the largest logit.
 TOLERANCE = dict(float32=1e-3, float16=3e-2)
 
 
@@ -35,7 +36,7 @@ class Deployed(nn.Module):
     Args:
         model: An ``EncoderDecoder`` of mmseg that predicts the whole image at once.
         output: 'labels' or 'logits'.
-        dtype: What the network computes in.
+        dtype: What the network computes in; ``model`` itself is cast.
 
     Raises:
         ValueError: The model predicts in windows, or pads what it predicts.
@@ -103,16 +104,20 @@ def load(fmt: str, path: Path):
     return torch.jit.load(path)
 
 
-def difference(deployed: Deployed, run, shape: tuple[int, int, int]) -> float:
-    """How far the file's output is from the model's, relative to the model's largest logit.
+def difference(exact: Deployed, run, output: str, shape: tuple[int, int, int]) -> float:
+    """How far the file is from the float32 model, relative to the model's largest logit.
 
-    Of labels: how far below the largest the model's logit of the file's label is.
+    Of labels: how far below the largest the model's logit of the file's label is. NaN if one of
+    them is.
+
+    Args:
+        exact: The float32 model, with logits.
+        run: The file, which gives ``output``.
+        shape: N, H and W of the image.
     """
     image = torch.randint(0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8,
                           generator=torch.Generator().manual_seed(0))
-    output, deployed.output = deployed.output, 'logits'
-    logits = deployed(image).double()
-    deployed.output = output
+    logits = exact(image).double()
     found = run(image)
     expected = (len(image), *logits.shape[1 if output == 'logits' else 2:])
     if found.shape != expected:
@@ -120,7 +125,7 @@ def difference(deployed: Deployed, run, shape: tuple[int, int, int]) -> float:
     if output == 'logits':
         error = (found - logits).abs().max()
     elif logits.size(1) == 1:
-        distance = logits[:, 0].sigmoid() - deployed.model.decode_head.threshold
+        distance = logits[:, 0].sigmoid() - exact.model.decode_head.threshold
         return (distance.abs() * ((distance > 0) != found.bool())).max().item()
     else:
         error = (logits.amax(1) - logits.gather(1, found[:, None])[:, 0]).max()
@@ -172,7 +177,8 @@ def main() -> None:
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     model = init_model(cfg, args.checkpoint, device='cpu')
-    deployed = Deployed(model, args.output, DTYPES[args.dtype]).eval()
+    exact = Deployed(model, 'logits').eval()
+    deployed = Deployed(copy.deepcopy(model), args.output, DTYPES[args.dtype]).eval()
     height, width = args.shape
     image = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -180,14 +186,16 @@ def main() -> None:
         warnings.simplefilter('ignore')  # of tracers; what they may break is checked below
         export(deployed, image, args.format, args.out)
     run, worst = load(args.format, args.out), 0.
+    of_what = '' if args.output == 'logits' else ', by the logits of its labels'
     for shape in ((2, height, width), (1, height // 2 + 1, width - 3)):
-        worst = max(worst, difference(deployed, run, shape))
-        if not worst <= TOLERANCE[args.dtype]:
+        error = difference(exact, run, args.output, shape)
+        if not error <= TOLERANCE[args.dtype]:  # NaN is not
             args.out.unlink()
-            raise SystemExit(f'{args.format} differs from the model by {worst:.1g} of its largest '
-                             f'logit at {shape}: {args.out} was removed')
-    print(f'{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, differs from the model by at '
-          f'most {worst:.1g} of its largest logit')
+            raise SystemExit(f'{args.format} differs from the float32 model by {error:.1g} of its '
+                             f'largest logit at {shape}{of_what}: {args.out} was removed')
+        worst = max(worst, error)
+    print(f'{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, differs from the float32 model '
+          f'by at most {worst:.1g} of its largest logit{of_what}')
     if args.benchmark:
         print(benchmark(deployed, run, (height, width), args.benchmark))
 
