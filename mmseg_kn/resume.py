@@ -15,6 +15,8 @@ from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 
+from .compat import check_members, shown
+
 _PART = '.part'
 
 
@@ -46,11 +48,12 @@ register_backend('atomic', AtomicBackend, force=True)  # mmseg_kn may be importe
 def damage_of(path: str | Path) -> str | None:
     """Why a file is no whole checkpoint: all its checksums are computed. None if it is."""
     try:
+        check_members(path)  # before anything is unpacked
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
     except Exception as error:  # damaged bytes can raise anything
-        return f'{type(error).__name__}: {error}'
-    return altered and f'the checksum of {altered} is wrong'
+        return shown(f'{type(error).__name__}: {error}')
+    return altered and shown(f'the checksum of {altered} is wrong')
 
 
 @HOOKS.register_module()
