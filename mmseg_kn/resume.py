@@ -14,7 +14,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 
 from .compat import check_members, shown
 
@@ -83,9 +83,10 @@ class SafeCheckpointHook(CheckpointHook):
     """
 
     def before_run(self, runner) -> None:
-        # Runner.load_or_resume, which reads last_checkpoint in this case, comes next. That of a
-        # FlexibleRunner, which alone has a strategy, has been: nothing can be chosen any more.
-        if runner._resume and runner._load_from is None and not hasattr(runner, 'strategy'):
+        if isinstance(runner, FlexibleRunner):
+            return  # it has resumed already, so that nothing can be chosen any more
+        # Runner.load_or_resume, which reads last_checkpoint in this case, comes next.
+        if runner._resume and runner._load_from is None:
             if is_main_process():
                 self._point_to_newest(runner)
             barrier()
