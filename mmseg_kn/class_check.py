@@ -5,6 +5,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 def heads_of(model) -> dict:
@@ -41,12 +42,14 @@ class ClassCheckHook(Hook):
 
     mmseg trains with more classes in the heads than in the data set, fails in the loss with
     fewer (on a GPU without naming a file), and tests a checkpoint of other classes with a random
-    last layer, at a line in the log. Models without a ``decode_head`` are left alone.
+    last layer, at a line in the log; wrong labels in validation and test lower the IoU without a
+    word. Models without a ``decode_head`` are left alone, and so are checkpoints of models that
+    FSDP shards, where torch itself refuses weights of another shape.
 
     Raises:
         ValueError: Before training and testing: a head's ``num_classes`` is not the data set's
             number of classes, or the checkpoint that is tested or resumed has another decode
-            head. During training: a label is neither a class nor ignored; names the file.
+            head. At each batch: a label is neither a class nor ignored; names the file.
     """
 
     def __init__(self) -> None:
@@ -54,6 +57,10 @@ class ClassCheckHook(Hook):
         self.limit = None  # number of classes, and the value that is ignored
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
+        if isinstance(runner.model, FullyShardedDataParallel):
+            # Its shapes are those of shards; to ask for the inner module's makes that the root
+            # of the sharding, which then does not load. No hook runs before it is wrapped.
+            return
         # A training may start from another head's checkpoint; what it is for is known later.
         weights = checkpoint.get('state_dict', checkpoint)
         given = {re.sub(r'^module\.', '', name): value for name, value in weights.items()}
@@ -78,14 +85,39 @@ class ClassCheckHook(Hook):
         self._compare(runner, 'train', runner.train_dataloader)
         if runner.val_loop is not None:
             self._compare(runner, 'val', runner.val_dataloader)
+        self._set_limit(runner)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        self._check_labels(data_batch)
+
+    def before_val(self, runner) -> None:
+        if self.unlike:
+            raise ValueError(self.unlike)
+        self._set_limit(runner)
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
+        self._check_labels(data_batch)
+
+    def before_test(self, runner) -> None:
+        self._compare(runner, 'test', runner.test_dataloader)
+        if self.unlike:
+            raise ValueError(self.unlike)
+        self._set_limit(runner)
+
+    def before_test_iter(self, runner, batch_idx, data_batch=None) -> None:
+        self._check_labels(data_batch)
+
+    def _set_limit(self, runner) -> None:
         head = next(iter(heads_of(_unwrapped(runner.model)).values()), None)
         self.limit = head and (head.num_classes, head.ignore_index)
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+    def _check_labels(self, data_batch) -> None:
         samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
         if not self.limit or not isinstance(samples, list):
             return
         number, ignored = self.limit
+        if samples and isinstance(samples[0], (list, tuple)):  # one for each augmentation
+            samples = [sample for same in samples for sample in same]
         for sample in samples:
             if 'gt_sem_seg' not in sample:
                 continue
@@ -97,15 +129,6 @@ class ClassCheckHook(Hook):
                     f'{ignored}, got {", ".join(map(str, wrong.unique().tolist()[:8]))} in '
                     f'{sample.get("seg_map_path")}; tools/misc/check_dataset.py lists all such '
                     'files, docs/troubleshooting.md the usual causes')
-
-    def before_val(self, runner) -> None:
-        if self.unlike:
-            raise ValueError(self.unlike)
-
-    def before_test(self, runner) -> None:
-        self._compare(runner, 'test', runner.test_dataloader)
-        if self.unlike:
-            raise ValueError(self.unlike)
 
     def _compare(self, runner, split, dataloader) -> None:
         classes = (getattr(dataloader.dataset, 'metainfo', None) or {}).get('classes')

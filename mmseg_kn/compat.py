@@ -132,13 +132,13 @@ def load_from_local(filename, map_location=None):
 def _load_file(file, map_location=None):
     """Loads a checkpoint from a path, or from a file object in memory (the fork's s3://)."""
     def read():
-        _check_members(file)
+        check_members(file)
         return torch.load(file, map_location=map_location, weights_only=True)
 
     return _load('the downloaded checkpoint' if hasattr(file, 'read') else file, read)
 
 
-def _check_members(file):
+def check_members(file):
     """Refuses a zip file that unpacks to more than it holds; torch.save compresses nothing."""
     opened = contextlib.nullcontext(file) if hasattr(file, 'read') else open(file, 'rb')
     with opened as f:
@@ -173,7 +173,7 @@ def _load(name, read):
                     f"{name} was refused: it holds a command line ({asked}), as norm-torch's "
                     'checkpoints do; tools/model_converters/norm_torch2mmseg.py converts those'
                 ) from None
-            asked = _shown(asked)
+            asked = shown(asked)
             raise ValueError(
                 f'{name} was refused: its pickle holds more than plain data ({asked}), which '
                 'could run code. Get a file that holds only weights and plain values; or, if you '
@@ -190,16 +190,16 @@ def _load(name, read):
         reason = f'{type(error).__name__}: {error}'.split('\n')[0].split('. ')[0].rstrip(': ')
         if 'restore data location' in reason:
             raise ValueError(
-                f"{name} holds tensors of a device that is not known here ({_shown(reason)}); "
+                f"{name} holds tensors of a device that is not known here ({shown(reason)}); "
                 "load it with map_location='cpu'"
             ) from None
     raise ValueError(
-        f'{name} is damaged or not a checkpoint ({_shown(reason)}); resume from an older one, or '
+        f'{name} is damaged or not a checkpoint ({shown(reason)}); resume from an older one, or '
         'download it again'
     )
 
 
-def _shown(reason):
+def shown(reason):
     """What a file made torch say, for a terminal: no escape codes, and not long."""
     return ''.join(c if c.isprintable() else '?' for c in reason[:300])
 

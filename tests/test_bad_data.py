@@ -215,6 +215,22 @@ def test_a_bad_label_that_no_start_saw_is_named_by_the_loss(scenes):
     assert str(path) in str(e.value) and str(other) not in str(e.value)
 
 
+@pytest.mark.parametrize('way', ['val', 'test', 'tta'])
+def test_a_bad_label_is_named_by_validation_and_test(way, scenes):
+    """IoUMetric does not know of it: such a pixel is just wrong."""
+    path, = scenes.glob('gtFine/val/*/*_labelTrainIds.png')
+    label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(path), np.where(label == label[0, 0], 200, label))
+    cfg = config(scenes, **{f'{split}_dataloader.dataset.check_files': False
+                            for split in ('val', 'test')})
+    if way == 'tta':
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
+    runner = Runner.from_cfg(cfg)
+    with pytest.raises(ValueError, match=rf'got 200 in {path}; .*check_dataset'):
+        runner.val() if way == 'val' else runner.test()
+
+
 def test_check_files_can_be_left_out(scenes):
     FAULTS['grey'][0](scenes)
     train(scenes, **{'train_dataloader.dataset.check_files': False})

@@ -24,6 +24,8 @@ import torch
 from mmengine.runner import CheckpointLoader
 from test_compat import ROOT, message_hub, tiny_runner
 
+from mmseg_kn.resume import damage_of
+
 LIMIT_S = 60  # for one file, far above what any takes
 GROWTH_MIB = 64  # the largest file has 1 MiB
 
@@ -351,6 +353,7 @@ def read(path, runner):
             found[way] = ['loaded', '']
         except Exception as error:
             found[way] = [type(error).__name__, str(error)]
+    found['damage'] = damage_of(path)
     return found
 
 
@@ -419,6 +422,16 @@ def test_each_is_loaded_or_refused_by_name(reports):
     # Runner.resume names a device, which a file's tag for one does not matter to.
     assert {n: f for n, f in refused.items() if not clear(*f['resume'], f['name'])
             and 'load it with map_location' not in f['load'][1]} == {}
+
+
+def test_damage_is_told_in_plain_text(reports):
+    damage = {name: found['damage'] for name, found in reports.items()}
+    assert damage['good zip'] is None and 'BadZipFile' in damage['good legacy']
+    # What the loader does not unpack is not unpacked for its checksums either.
+    refused = {n for n, found in reports.items() if 'members that are' in found['load'][1]}
+    assert 'archive bomb, storage' in refused
+    assert [n for n in refused if 'members that are' not in damage[n]] == []
+    assert [n for n, d in damage.items() if d and not (d.isprintable() and len(d) < 400)] == []
 
 
 def test_what_must_load_and_what_must_not(reports):

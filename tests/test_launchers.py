@@ -165,6 +165,7 @@ def test_processes_evaluate_as_one(rig):
 
 SHARDED = '''
 _base_ = 'config.py'
+custom_hooks = [dict(type='StemSignalHook'), dict(type='ClassCheckHook'), dict(type='Rig')]
 runner_type = 'FlexibleRunner'
 strategy = dict(
     type='FSDPStrategy',

@@ -6,18 +6,22 @@ import errno
 import itertools
 import logging
 import os
+import re
 import resource
 import runpy
 import signal
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get_file_backend
 from mmengine.model import BaseModel
-from mmengine.runner import Runner, save_checkpoint
+from mmengine.registry import METRICS
+from mmengine.runner import FlexibleRunner, Runner, save_checkpoint
 from program import ROOT
 from torch import nn
 
@@ -37,28 +41,55 @@ class Model(BaseModel):
         return dict(loss=y.square().mean()) if mode == 'loss' else y
 
 
-def build(work_dir, iterations=6, resume=False, seeds=True, **checkpoint):
-    """A Runner that trains with momentum, a schedule and dropout, saving every two iterations."""
+@METRICS.register_module()
+class Given(BaseMetric):
+    """Figures that a test gives, one for each validation, in place of any that is measured."""
+
+    figures = ()
+
+    def process(self, data_batch, data_samples):
+        self.results.append(None)
+
+    def compute_metrics(self, results):
+        figure = next(self.figures)
+        return dict(a=figure, b=-figure)
+
+
+def build(work_dir, iterations=6, resume=False, seeds=True, kind=Runner, val=False, by_epoch=False,
+          **checkpoint):
+    """A Runner that trains with momentum, a schedule and dropout, saving every two iterations.
+
+    ``val``: it validates as often. ``by_epoch``: an epoch for every iteration.
+    """
     data = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     loader = dict(batch_size=2, dataset=[dict(x=row) for row in data],
                   collate_fn=dict(type='default_collate'))
+    order = dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True)
+    cfg = dict(by_epoch=True, max_epochs=iterations) if by_epoch else dict(
+        by_epoch=False, max_iters=iterations)
+    options = dict(val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
+                   val_cfg=dict(), val_evaluator=dict(type='Given')) if val else {}
     torch.manual_seed(0)  # the Runner seeds when the model is there
-    return Runner(
-        Model(), str(work_dir), resume=resume,
-        train_dataloader=dict(loader, sampler=dict(type='InfiniteSampler', shuffle=True)),
-        train_cfg=dict(by_epoch=False, max_iters=iterations),
+    return kind(
+        Model(), work_dir=str(work_dir), resume=resume,
+        train_dataloader=dict(loader, sampler=order), train_cfg=dict(cfg, val_interval=2),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
         param_scheduler=dict(type='PolyLR', end=10, by_epoch=False),
-        default_hooks=dict(checkpoint=dict(type='SafeCheckpointHook', by_epoch=False, interval=2,
-                                           **checkpoint)),
+        default_hooks=dict(checkpoint=dict(type='SafeCheckpointHook', by_epoch=by_epoch,
+                                           interval=2, **checkpoint)),
         custom_hooks=[dict(type='IterationSeedHook')] * seeds,
-        randomness=dict(seed=0), experiment_name=f'resume_{next(NUMBER)}')
+        randomness=dict(seed=0), experiment_name=f'resume_{next(NUMBER)}', **options)
 
 
 def train(*args, **kwargs):
     runner = build(*args, **kwargs)
     runner.train()
     return Path(runner.work_dir)
+
+
+def log(work):
+    """What the trainings of a folder have logged."""
+    return ''.join(path.read_text() for path in sorted(work.glob('*/*.log')))
 
 
 def content(path):
@@ -115,6 +146,8 @@ def test_a_kill_while_writing_leaves_what_was_there(tmp_path):
     assert sorted(p.name for p in tmp_path.glob('iter*')) == ['iter_2.pth', 'iter_4.pth.part']
     train(tmp_path, resume=True)
     assert sorted(p.name for p in tmp_path.glob('iter*')) == [f'iter_{i}.pth' for i in (2, 4, 6)]
+    assert re.search(rf'WARNING - {tmp_path}/iter_4.pth.part was left by a training that was '
+                     'killed', log(tmp_path))
 
 
 def test_no_room(tmp_path):
@@ -122,7 +155,7 @@ def test_no_room(tmp_path):
     hook = SafeCheckpointHook(interval=1, by_epoch=False)
     runner = SimpleNamespace(
         work_dir=str(tmp_path), logger=logging.getLogger('test_resume'), model=Model(), iter=0,
-        epoch=0, max_iters=9, message_hub=mock.Mock(runtime_info={}))
+        epoch=0, max_iters=9, val_loop=None, message_hub=mock.Mock(runtime_info={}))
     runner.train_loop = SimpleNamespace(max_iters=9)
     runner.save_checkpoint = lambda folder, name, *args, backend_args, **kwargs: save_checkpoint(
         dict(weight=torch.rand(10000)), f'{folder}/{name}', backend_args=backend_args)
@@ -146,7 +179,7 @@ def test_no_room(tmp_path):
 
 def test_a_folder_that_cannot_hold_checkpoints_is_told_at_the_start(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    runner = SimpleNamespace(work_dir=str(tmp_path / 'work'), model=Model(),
+    runner = SimpleNamespace(work_dir=str(tmp_path / 'work'), model=Model(), val_loop=None,
                              logger=logging.getLogger('test_resume'))
     (tmp_path / 'file').touch()
     with pytest.raises(OSError, match='cannot be written .*file'):
@@ -184,6 +217,24 @@ def test_the_oldest_goes_when_the_newest_is_there(tmp_path):
         runner.train()
     assert seen == [[], ['iter_2.pth'], ['iter_4.pth']]
     assert [p.name for p in tmp_path.glob('*.pth')] == ['iter_6.pth']
+
+
+@pytest.mark.parametrize('save_best', ['a', ['a', 'b']])
+def test_the_best_goes_when_a_better_one_is_there(save_best, tmp_path):
+    runner = build(tmp_path, val=True, save_best=save_best, rule='greater')
+    seen = []
+    put = AtomicBackend.put
+
+    def watched(self, obj, path):
+        put(self, obj, path)
+        seen.append(sorted(p.name for p in tmp_path.glob('best*')))
+
+    with mock.patch.object(AtomicBackend, 'put', watched), \
+            mock.patch.object(Given, 'figures', iter([1, 3, 2])):
+        runner.train()
+    first = ['best_b_iter_2.pth'] * (save_best != 'a')  # b, which is -a, was best at first
+    assert ['best_a_iter_2.pth', 'best_a_iter_4.pth', *first] in seen
+    assert sorted(p.name for p in tmp_path.glob('best*')) == ['best_a_iter_4.pth', *first]
 
 
 def test_other_backends_are_left_alone(tmp_path):
@@ -265,6 +316,31 @@ def test_other_folder(work, caplog):
     assert point(work, caplog, out_dir=str(other.parent)) == other / 'iter_4.pth'
 
 
+def test_folders_are_not_judged(work, caplog):
+    """Sharded checkpoints; a FlexibleRunner reads them."""
+    (work / 'iter_8.pth').mkdir()
+    os.utime(work / 'iter_8.pth', (1008, 1008))
+    assert point(work, caplog) == work / 'iter_6.pth'
+    (work / 'last_checkpoint').write_text(str(work / 'iter_8.pth'))
+    assert point(work, caplog) == work / 'iter_8.pth'
+    for number in (2, 4, 6):
+        (work / f'iter_{number}.pth').unlink()
+    assert point(work, caplog) == work / 'iter_8.pth'
+    assert not caplog.messages
+
+
+def test_compressed_members_are_not_unpacked(work):
+    path = work / 'iter_6.pth'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('a\x1b[31m/data.pkl', bytes(9999))
+    with mock.patch.object(zipfile.ZipFile, 'testzip', side_effect=AssertionError('unpacked')):
+        assert 'compressed' in damage_of(path)
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('a\x1b[31m/data.pkl', bytes(9999))
+    flip(path)
+    assert 'checksum of a?[31m/data.pkl' in damage_of(path)
+
+
 # And training goes on as if nothing had happened
 
 
@@ -283,3 +359,43 @@ def test_without_the_seed_hook_dropout_differs(tmp_path):
     train(tmp_path / 'resumed', iterations=2, seeds=False)
     train(tmp_path / 'resumed', iterations=4, seeds=False, resume=True)
     assert not same(whole / 'iter_4.pth', tmp_path / 'resumed/iter_4.pth')
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_a_training_resumed_at_its_end_validates(by_epoch, tmp_path):
+    options = dict(iterations=4, val=True, by_epoch=by_epoch, save_best='a', rule='greater')
+    said = 'resumed at its end; its last validation'
+    with mock.patch.object(Given, 'figures', iter([1])), pytest.raises(StopIteration):
+        train(tmp_path, **options)  # ends in its last validation
+    kind = 'epoch' if by_epoch else 'iter'
+    assert (tmp_path / f'{kind}_4.pth').exists() and said not in log(tmp_path)
+    with mock.patch.object(Given, 'figures', iter([2])):
+        train(tmp_path, resume=True, **options)
+    assert said in log(tmp_path)
+    assert [p.name for p in tmp_path.glob('best*')] == [f'best_a_{kind}_4.pth']
+    # Before the end it is an ordinary training, and without validation nothing is validated.
+    with mock.patch.object(Given, 'figures', iter([3])):
+        train(tmp_path, resume=True, **dict(options, iterations=6))
+    train(tmp_path, resume=True, **dict(options, iterations=6, val=False, save_best=None))
+    assert log(tmp_path).count(said) == 1
+
+
+def test_a_flexible_runner_has_resumed_when_the_hook_is_asked(tmp_path):
+    train(tmp_path, iterations=4, kind=FlexibleRunner)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    train(tmp_path, resume=True, kind=FlexibleRunner)
+    assert 'resumed epoch: 0, iter: 2' in log(tmp_path) and 'resuming' not in log(tmp_path)
+
+
+def test_sharded_checkpoints_are_replaced_last(tmp_path):
+    """Folders, as FSDP and DeepSpeed write them."""
+    runner, seen = build(tmp_path, kind=FlexibleRunner, max_keep_ckpts=1), []
+
+    def save(folder, name, *args, **kwargs):
+        (tmp_path / name).mkdir()
+        seen.append(sorted(p.name for p in tmp_path.glob('*.pth')))
+
+    with mock.patch.object(runner, 'save_checkpoint', save):
+        runner.train()
+    assert seen == [['iter_2.pth'], ['iter_2.pth', 'iter_4.pth'], ['iter_4.pth', 'iter_6.pth']]
+    assert [p.name for p in tmp_path.glob('*.pth')] == ['iter_6.pth']
