@@ -2,6 +2,7 @@
 
 Configs name these by their dotted paths; docs/distributed.md has one.
 """
+from mmengine._strategy import FSDPStrategy
 from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -42,3 +43,14 @@ class FSDPOptimWrapper(OptimWrapper):
                                  "runner_type='FlexibleRunner' and strategy FSDPStrategy")
             self.clip_func = lambda _, **kwargs: model.clip_grad_norm_(**kwargs)
         return super().optim_context(model)
+
+
+class ResumableFSDPStrategy(FSDPStrategy):
+    """mmengine's ``FSDPStrategy``, with its arguments, whose trainings resume.
+
+    mmengine hands the optimizer's state to torch in an order of arguments of torch 2.0.
+    """
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        self.optim_wrapper.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(
+            self.model, self.optim_wrapper.optimizer, state_dict))

@@ -168,7 +168,7 @@ _base_ = 'config.py'
 custom_hooks = [dict(type='StemSignalHook'), dict(type='ClassCheckHook'), dict(type='Rig')]
 runner_type = 'FlexibleRunner'
 strategy = dict(
-    type='FSDPStrategy',
+    type='mmseg_kn.fsdp.ResumableFSDPStrategy',
     model_wrapper=dict(type='MMFullyShardedDataParallel', device_id='cpu',
                        auto_wrap_policy=dict(type='mmseg_kn.fsdp.wrap_blocks')),
     state_dict_cfg=dict(
@@ -196,6 +196,21 @@ def test_sharded_processes_train_as_one(rig):
         step = (weight - initial[name]).norm()
         assert (found[name] - weight).norm() <= 0.02 * step and step > 0, name
     assert miou(rig, 'sharded') == pytest.approx(miou(rig, 'one'), abs=0.02)
+
+
+def test_sharded_processes_resume(rig):
+    """With their momentum: the second step, resumed, is the same as the second of two."""
+    (rig / 'sharded.py').write_text(SHARDED)
+    command = ['bash', ROOT / 'tools/dist_train.sh', rig / 'sharded.py', 2]
+    saving = ['train_dataloader.batch_size=2', 'default_hooks.checkpoint.interval=1',
+              'default_hooks.checkpoint.save_optimizer=True', 'optim_wrapper.optimizer.momentum=.9']
+    run(rig, command, 'whole', *saving, SINGLE='1')
+    log = run(rig, [*command, '--resume'], 'resumed', *saving, f'load_from={rig}/whole/iter_1.pth',
+              SINGLE='1').stdout
+    assert 'resumed epoch: 0, iter: 1' in log
+    expected, found = trained(rig, 'whole'), trained(rig, 'resumed')
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
 
 
 # Messages
