@@ -203,7 +203,8 @@ def test_sharded_processes_resume(rig):
     (rig / 'sharded.py').write_text(SHARDED)
     command = ['bash', ROOT / 'tools/dist_train.sh', rig / 'sharded.py', 2]
     saving = ['train_dataloader.batch_size=2', 'default_hooks.checkpoint.interval=1',
-              'default_hooks.checkpoint.save_optimizer=True', 'optim_wrapper.optimizer.momentum=.9']
+              'default_hooks.checkpoint.save_optimizer=True',
+              'optim_wrapper.optimizer.momentum=.9']
     run(rig, command, 'whole', *saving, SINGLE='1')
     log = run(rig, [*command, '--resume'], 'resumed', *saving, f'load_from={rig}/whole/iter_1.pth',
               SINGLE='1').stdout
