@@ -17,6 +17,7 @@ from .geometry import Geometry
 
 PIXELS = 16  # a program's
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
+ORIGIN = tl.constexpr(16)  # channels whose mean sums are taken around; 8 and 32 spill registers
 OUTPUTS = 64  # channels of the output at once, at most; twice as many spill registers
 
 
@@ -52,15 +53,16 @@ def _channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, area, C, stride_n, stride_c
                   threshold, q, DROPOUT: tl.constexpr, P: tl.constexpr, C4: tl.constexpr):
     """maps (3, pixels), float64: sums of the dropped x and of its square, sum of x.
 
-    Sums are of x - origin, the mean of the pixel's first tile of channels, of which one may be an
-    outlier: where |mean| >> std, E2 - mean ** 2 would cancel.
+    Sums are of x - origin, the mean of the pixel's first channels, of which one may be an outlier:
+    where |mean| >> std, E2 - mean ** 2 would cancel.
     """
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     inside = pixel < pixels
     offset = _pixel_offsets(pixel, area, stride_n, stride_p)
-    first = tl.load(x_ptr + offset[:, None] + tl.arange(0, C4).to(tl.int64)[None, :] * stride_c,
+    F: tl.constexpr = min(C4, ORIGIN)  # at most C
+    first = tl.load(x_ptr + offset[:, None] + tl.arange(0, F).to(tl.int64)[None, :] * stride_c,
                     inside[:, None], other=0.0).to(tl.float32)
-    origin = tl.sum(first * (1 / C4), 1)  # the tile is full: C4 <= C
+    origin = tl.sum(first * (1 / F), 1)
     total = tl.zeros([P], tl.float32)
     count = tl.zeros([P], tl.float32)
     kept_sum = tl.zeros([P], tl.float32)
