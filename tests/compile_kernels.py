@@ -5,6 +5,7 @@ A process of its own, since tests on a machine without a GPU interpret the kerne
     TRITON_INTERPRET=0 python tests/compile_kernels.py
 """
 import inspect
+import itertools
 import re
 import subprocess
 import tempfile
@@ -26,19 +27,28 @@ MAPS = {
 ACTIVATIONS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'saved_ptr',
                'h_ptr'}
 FLOATS = {'q', 'factor', 'eps', 'inv_k'}
+# Flags of each kernel beside all on: other code, not less of it
+VARIANTS = {
+    '_channel_sums': dict(DROPOUT=False),
+    '_scale_grad': dict(RELU=False),
+    '_add_moment_grads': dict(DROPOUT=False),
+}
 SIZES = dict(P=kernels.PIXELS, C4=kernels.CHANNELS, B=kernels.OUTPUTS)
 
 
 def compile_kernel(name: str, dtype: str, capability: int,
-                   unit_stride: str) -> tuple[int, int]:
-    """Registers and spilled bytes of ``name``, all options on; one stride is known to be 1."""
+                   unit_stride: str, flags: dict[str, bool]) -> tuple[int, int]:
+    """Registers and spilled bytes of ``name``; one stride is known to be 1.
+
+    Options are on but for those that ``flags`` turns off.
+    """
     kernel = getattr(kernels, name)
     signature, constants = {}, {}
     for parameter in inspect.signature(kernel.fn).parameters.values():
         key = parameter.name
         if parameter.annotation is triton.language.constexpr:
             signature[key] = 'constexpr'
-            constants[key] = SIZES.get(key, True)
+            constants[key] = {**SIZES, **flags}.get(key, True)
             if name == '_moments' and key == 'P':
                 constants[key] = 128
         elif key == unit_stride:
@@ -66,15 +76,19 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
-    print(f'{"kernel":18} {"dtype":6} {"layout":14} {"sm":4} {"registers":10} spilled bytes')
+    print(f'{"kernel":18} {"options":13} {"dtype":6} {"layout":14} {"sm":4} {"registers":10} '
+          'spilled bytes')
     for name in MAPS:
-        for dtype in ('fp32',) if name == '_moments' else ('fp32', 'fp16', 'bf16'):
-            for layout, unit_stride in (('channels_first', 'stride_p'),
-                                        ('channels_last', 'stride_c')):
-                for capability in (80, 90):
-                    registers, spilled = compile_kernel(name, dtype, capability, unit_stride)
-                    print(f'{name:18} {dtype:6} {layout:14} {capability:<4} {registers:<10} '
-                          f'{spilled}')
+        for flags in ({}, VARIANTS[name]) if name in VARIANTS else ({}, ):
+            # what the flags change does not depend on dtype and layout: one of each
+            layouts = [('channels_first', 'stride_p'), ('channels_last', 'stride_c')]
+            dtypes = ('fp32', ) if name == '_moments' or flags else ('fp32', 'fp16', 'bf16')
+            options = ' '.join(f'no {flag}' for flag in flags) or 'all'
+            for dtype, (layout, unit_stride), capability in itertools.product(
+                    dtypes, layouts[:1] if flags else layouts, (80, 90)):
+                registers, spilled = compile_kernel(name, dtype, capability, unit_stride, flags)
+                print(f'{name:18} {options.replace(" ", "_"):13} {dtype:6} {layout:14} '
+                      f'{capability:<4} {registers:<10} {spilled}')
 
 
 if __name__ == '__main__':

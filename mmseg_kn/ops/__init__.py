@@ -41,9 +41,22 @@ def chosen_impl(input: Tensor, impl: str = 'auto') -> str:
     return 'fused' if obstacle else 'triton'
 
 
+class _PassingObstacle(Exception):
+    """Holds for this call; the cache keeps no exceptions, and the next call tries again."""
+
+
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why triton cannot serve, None if it can."""
-    return _find_triton_obstacle(device, dtype)
+    try:
+        return _find_triton_obstacle(device, dtype)
+    except _PassingObstacle as obstacle:
+        _warn(device, obstacle)
+        return str(obstacle)
+
+
+def _warn(device: torch.device, reason: Exception) -> None:
+    warnings.warn(f"triton's kernels do not run on {device}, impl='auto' takes 'fused' instead: "
+                  f'{reason}', stacklevel=3)
 
 
 # torch.compiler.assume_constant_result would import dynamo, and that triton, here and now.
@@ -67,12 +80,16 @@ def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | Non
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f'it needs compute capability 8.0, got {capability[0]}.{capability[1]}'
+    if torch.cuda.is_current_stream_capturing():  # which a trial launch could break
+        raise _PassingObstacle('a CUDA graph is captured and the kernels were not tried before; '
+                               'run one forward pass first')
     try:  # launching needs a C compiler and Python's headers, once
         triton_kernels.unit_moments(torch.zeros(1, 1, 1, 1, device=device, dtype=dtype),
                                     make_geometry(1), None, 0.0, 1.0, 1e-5, True, False)
     except Exception as error:  # whatever is missing, torch ops can do without: slower
-        warnings.warn(f"triton's kernels do not run on {device}, impl='auto' takes 'fused' "
-                      f'instead: {error}', stacklevel=2)
+        if 'out of memory' in str(error):  # torch's and triton's
+            raise _PassingObstacle(f'its kernels do not run now ({error})') from error
+        _warn(device, error)
         return f'its kernels do not run ({error})'
     return None
 

@@ -15,6 +15,7 @@ from .geometry import Geometry
 
 _CHUNK = 2**20  # elements
 _WIDE = 2**16  # elements of a sample that are worth a call of their own
+_FIRST = 16  # channels whose mean sums are taken around
 
 
 class Moments(NamedTuple):
@@ -117,7 +118,8 @@ class _Scratch(threading.local):
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
         if dtype not in self.stores or self.stores[dtype].numel() < count:
             with torch.inference_mode(False):  # whose tensors later calls could not write to
-                self.stores[dtype] = torch.empty(max(count, _CHUNK + 1), dtype=dtype)
+                self.stores[dtype] = torch.empty(max(count, _CHUNK + 1), dtype=dtype,
+                                                 device='cpu')  # whatever the default is
         return self.stores[dtype][:count]
 
 
@@ -146,7 +148,7 @@ def _by_chunk(x: Tensor, positions: Tensor | None):
     if positions is None or len(chunks) == 1:
         dropped = [None if positions is None else positions.long()] * len(chunks)
     else:
-        ends = torch.tensor([v.numel() for v in views]).cumsum(0)
+        ends = torch.tensor([v.numel() for v in views], device='cpu').cumsum(0)
         bounds = [0, *torch.searchsorted(positions.long(), ends).tolist()]
         starts = [0, *ends.tolist()]
         dropped = [positions[a:b].long() - start
@@ -158,15 +160,19 @@ def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool, plain: bool)
     """Sums over C of the kept elements, of their squares, and (``plain``) of all, (.., N, H, W).
 
     ``exact`` guards against the cancellation of E2 - mean ** 2 where |mean| >> std (bright
-    skies, constant borders): float32 sums are those of x minus the pixel's first channel, and
-    the maps are float64. It is not needed where dropout, or its expectation, adds enough noise.
+    skies, constant borders): float32 sums are those of x minus the mean of the pixel's first
+    channels, several of them lest one be an outlier, and the maps are float64. It is not needed
+    where dropout, or its expectation, adds enough noise.
     """
     acc, (n, c, h, w) = accumulate_dtype(x.dtype), x.shape
     if _eager(x) and x.dtype == acc and positions is None and not exact and x.is_contiguous() and (
             n and c * h * w >= _WIDE):
         return _channel_sums_by_batch_norm(x)
     shift = exact and positions is None
-    first = x[:, :1].to(acc).flatten(2) if shift else None
+    origin = None
+    if shift:
+        first = x[:, :_FIRST].to(acc)
+        origin = (first / first.size(1)).sum(1, keepdim=True).flatten(2)  # the sum may overflow
 
     def sums(index, chunk, dropped):
         flat, memory = _dense_like(chunk) if dropped is not None or _eager(x) else (None, None)
@@ -176,7 +182,7 @@ def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool, plain: bool)
             flat.index_fill_(0, dropped, 0)
             chunk = memory
         elif shift:
-            chunk = torch.sub(chunk, first[index[0], :, index[1]], out=memory)
+            chunk = torch.sub(chunk, origin[index[0], :, index[1]], out=memory)
             total = []
         else:
             chunk, total = chunk.to(acc), []
@@ -194,9 +200,9 @@ def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool, plain: bool)
     if exact:
         maps = maps.double()
     if shift:
-        first = first.squeeze(1).double()
-        total = torch.add(maps[0], first, alpha=c)
-        maps = torch.stack([total, maps[1] + first * (maps[0] + total)])
+        origin = origin.squeeze(1).double()
+        total = torch.add(maps[0], origin, alpha=c)
+        maps = torch.stack([total, maps[1] + origin * (maps[0] + total)])
     return maps.view(len(maps), n, h, w)
 
 

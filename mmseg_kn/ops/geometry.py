@@ -143,7 +143,7 @@ def check_weight(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int
     """Refuses a weight that does not fit.
 
     Raises:
-        ValueError: Channels, groups or the bias disagree with ``weight``.
+        ValueError: Channels, groups, the bias or devices disagree with ``weight``.
     """
     check_count('groups', groups)
     out_channels, in_per_group = weight.shape[:2]
@@ -155,10 +155,19 @@ def check_weight(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int
         raise ValueError(f'input has {channels} channels, but the weight of shape '
                          f'{tuple(weight.shape)} with groups={groups} takes '
                          f'{in_per_group * groups}')
-    if bias is not None:
-        check_tensor('bias', bias)
-    if bias is not None and bias.shape != (out_channels, ):
+    _check_device(input, 'weight', weight)
+    if bias is None:
+        return
+    check_tensor('bias', bias)
+    if bias.shape != (out_channels, ):
         raise ValueError(f'bias must have shape ({out_channels},), got {tuple(bias.shape)}')
+    _check_device(input, 'bias', bias)
+
+
+def _check_device(input: Tensor, name: str, value: Tensor) -> None:
+    if value.device != input.device:  # kernels would follow a pointer into another memory
+        raise ValueError(f'input and {name} must be on one device, got {input.device} and '
+                         f'{value.device}; move one')
 
 
 def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation: str | None,
@@ -167,7 +176,7 @@ def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation
 
     Raises:
         ValueError: ``activation`` is not None or ``'relu'``, ``residual`` is given beside it, or
-            has not the output's shape.
+            has not the output's shape or is on another device than ``input``.
     """
     if activation not in (None, 'relu'):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}")
@@ -181,6 +190,7 @@ def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation
     if residual.shape != shape:
         raise ValueError(f'residual must have the shape of the output, {shape}, got '
                          f'{tuple(residual.shape)}')
+    _check_device(input, 'residual', residual)
 
 
 def expected_moments_factor(dropout_p: float, unit_size: int) -> float:

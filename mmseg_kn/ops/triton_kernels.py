@@ -17,6 +17,7 @@ from .geometry import Geometry
 
 PIXELS = 16  # a program's
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
+ORIGIN = tl.constexpr(16)  # channels whose mean sums are taken around; 8 and 32 spill registers
 OUTPUTS = 64  # channels of the output at once, at most; twice as many spill registers
 
 
@@ -52,12 +53,16 @@ def _channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, area, C, stride_n, stride_c
                   threshold, q, DROPOUT: tl.constexpr, P: tl.constexpr, C4: tl.constexpr):
     """maps (3, pixels), float64: sums of the dropped x and of its square, sum of x.
 
-    Sums are of x - first, the pixel's first channel: a constant has no rounding then.
+    Sums are of x - origin, the mean of the pixel's first channels, of which one may be an outlier:
+    where |mean| >> std, E2 - mean ** 2 would cancel.
     """
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     inside = pixel < pixels
     offset = _pixel_offsets(pixel, area, stride_n, stride_p)
-    first = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
+    F: tl.constexpr = min(C4, ORIGIN)  # at most C
+    first = tl.load(x_ptr + offset[:, None] + tl.arange(0, F).to(tl.int64)[None, :] * stride_c,
+                    inside[:, None], other=0.0).to(tl.float32)
+    origin = tl.sum(first * (1 / F), 1)
     total = tl.zeros([P], tl.float32)
     count = tl.zeros([P], tl.float32)
     kept_sum = tl.zeros([P], tl.float32)
@@ -72,7 +77,7 @@ def _channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, area, C, stride_n, stride_c
             mask = inside[:, None] & (channel < C)[None, :]
             where = offset[:, None] + channel.to(tl.int64)[None, :] * stride_c
             value = tl.load(x_ptr + where, mask, other=0.0).to(tl.float32)
-            value = tl.where(mask, value - first[:, None], 0.0)
+            value = tl.where(mask, value - origin[:, None], 0.0)
             if DROPOUT:
                 kept = tl.where(mask, _kept(bits[j], threshold), 0.0)
                 total += tl.sum(value, 1)
@@ -80,7 +85,7 @@ def _channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, area, C, stride_n, stride_c
                 value *= kept
             kept_sum += tl.sum(value, 1)
             kept_square += tl.sum(value * value, 1)
-    origin = first.to(tl.float64)
+    origin = origin.to(tl.float64)
     s1 = kept_sum.to(tl.float64)
     s2 = kept_square.to(tl.float64)
     if DROPOUT:
@@ -94,13 +99,17 @@ def _channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, area, C, stride_n, stride_c
 
 @triton.jit
 def _moments(maps_ptr, mean_ptr, rstd_ptr, live_ptr, plain_ptr, pixels, H, W, units, Ho, Wo, kh,
-             kw, sh, sw, left, top, dh, dw, K, factor, eps, PLAIN: tl.constexpr,
+             kw, sh, sw, left, top, dh, dw, K, excess, eps, PLAIN: tl.constexpr,
              P: tl.constexpr):
-    """Box sums of ``maps`` and from them the moments of each unit."""
+    """Box sums of ``maps`` and from them the moments of each unit.
+
+    ``excess`` is factor - 1: floats arrive as float32, which knows 1 + p to 6e-8 only.
+    """
     unit = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     inside = unit < units
-    sample = unit // (Ho * Wo)
-    row = unit // Wo % Ho * sh - top
+    line = unit // Wo  # no products of sizes: they are int32
+    sample = line // Ho
+    row = line % Ho * sh - top
     column = unit % Wo * sw - left
     s1 = tl.zeros([P], tl.float64)
     s2 = tl.zeros([P], tl.float64)
@@ -117,7 +126,7 @@ def _moments(maps_ptr, mean_ptr, rstd_ptr, live_ptr, plain_ptr, pixels, H, W, un
                 s3 += tl.load(at + pixels + pixels, mask, other=0.0)
     mean = s1 / K  # a float32 1 / K would bring back the cancellation
     second = s2 / K
-    var = second * factor - mean * mean
+    var = second - mean * mean + second * excess
     # squares may overflow; inf - inf is a large variance
     var = tl.where((var - var) == 0, var, 1e300)
     live = var > 1.4e-14 * tl.minimum(second, 1e300)
@@ -227,8 +236,9 @@ def _add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride
     """dx += box^T(plain) + m * (box^T(constant) + box^T(slope) * x), m the mask."""
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     inside = pixel < pixels
-    sample = pixel // (H * W)
-    row = pixel // W % H + top
+    line = pixel // W
+    sample = line // H
+    row = line % H + top
     column = pixel % W + left
     constant = tl.zeros([P], tl.float32)
     slope = tl.zeros([P], tl.float32)
@@ -247,7 +257,7 @@ def _add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride
     constant *= inv_k
     slope *= inv_k
     plain *= inv_k
-    offset = _pixel_offsets(pixel, H * W, stride_n, stride_p)
+    offset = sample * stride_n + (pixel - sample * H * W) * stride_p
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for start in range(0, C, 4 * C4):
@@ -318,7 +328,7 @@ def unit_moments(x: Tensor, geometry: Geometry, seed: Tensor | None, dropout_p: 
     plain_mean = torch.empty_like(mean) if plain else None
     _launch(_moments, x, (triton.cdiv(units, 128), ), maps, mean, rstd, live.view(torch.int8),
             plain_mean, pixels, h, w, units, ho, wo, kh, kw, sh, sw, left, top, dh, dw,
-            c * kh * kw, factor, eps, PLAIN=plain, P=128)
+            c * kh * kw, factor - 1, eps, PLAIN=plain, P=128)
     return Moments(mean, rstd, live, plain_mean)
 
 
