@@ -7,7 +7,7 @@ from . import compat
 
 compat.setup()
 
-from . import channels_last, checkpoint, class_check, datasets, hooks, ops, resume  # noqa: E402, F401  # noqa: E402, F401
+from . import channels_last, checkpoint, class_check, datasets, hooks, ops, resume  # noqa: E402, F401
 from .classification import KNResNetClassifier, KNResNetCls  # noqa: E402
 from .knresnet import KNResNet  # noqa: E402
 from .layers import KernelNorm2d, KNConv2d  # noqa: E402
