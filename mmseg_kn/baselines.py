@@ -1,10 +1,14 @@
 """What KernelNorm is compared with, where mmseg has no such layer."""
 import torch
-from mmcv.cnn import ConvModule
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.registry import MODELS
 from mmseg.models.decode_heads import ASPPHead
 from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
+
+from .knresnet import KNResNet
+from .layers import KernelNorm2d, KNConv2d
 
 
 @MODELS.register_module()
@@ -51,3 +55,65 @@ class PlainPoolASPPHead(ASPPHead):
             nn.AdaptiveAvgPool2d(1),
             ConvModule(self.in_channels, self.channels, 1, conv_cfg=self.conv_cfg,
                        norm_cfg=None, act_cfg=self.act_cfg))
+
+
+class NormConv2d(nn.Conv2d):
+    """y = conv(norm(x), W) + b, in a :class:`KNConv2d`'s place and with its weights.
+
+    Args:
+        norm: Normalizes the input, (N, C, H, W) to the same.
+        conv: Whose geometry, weights and activation to take.
+
+    Shape:
+        As ``conv``.
+    """
+
+    def __init__(self, norm: nn.Module, conv: KNConv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                         dilation=conv.dilation)
+        self.weight, self.bias, self.activation = conv.weight, conv.bias, conv.activation
+        self.norm = norm
+        left_right_top_bottom = conv.padding
+        if len(left_right_top_bottom) == 2:
+            height, width = conv.padding
+            left_right_top_bottom = (width, width, height, height)
+        self.padded = left_right_top_bottom
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``residual``, if given, is added to the output, before the activation."""
+        output = super().forward(F.pad(self.norm(input), self.padded))
+        if residual is not None:
+            output = output + residual
+        return F.relu(output) if self.activation else output
+
+
+@MMSEG_MODELS.register_module()
+class NormKNResNet(KNResNet):
+    """:class:`KNResNet`'s architecture with another normalization of every layer's input.
+
+    For telling what the normalization does from what the architecture does. Pretrained weights
+    of KNResNet have no such layers.
+
+    Args:
+        norm_cfg: For mmcv's ``build_norm_layer``, of 3 channels too: ``dict(type='BN')``, or
+            ``dict(type='GN', num_groups=1)``.
+        kwargs: As for KNResNet; ``dropout_p`` has no effect.
+
+    Shape:
+        As KNResNet.
+
+    Raises:
+        ValueError: As KNResNet does, or the normalization does not fit the channels.
+    """
+
+    def __init__(self, norm_cfg: dict, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+        def norm(channels):
+            return build_norm_layer(norm_cfg, channels)[1]
+
+        for name, layer in list(self.named_modules()):
+            if isinstance(layer, KNConv2d):
+                self.set_submodule(name, NormConv2d(norm(layer.in_channels), layer))
+            elif isinstance(layer, KernelNorm2d):
+                self.set_submodule(name, norm(layer.num_features))

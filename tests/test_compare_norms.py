@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmseg_kn.baselines import NoNorm, PlainPoolASPPHead
+from mmseg_kn import KNConv2d, KNResNet
+from mmseg_kn.baselines import NoNorm, NormKNResNet, PlainPoolASPPHead
 from mmseg_kn.toy_cityscapes import generate
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +77,7 @@ def test_a_grid_killed_and_run_again(command):
     assert [step for step, _ in result['loss']] == [1, 2, 3, 4]
     assert result['miou'][-1][0] == 4
     cfg = Config.fromfile(cell / 'config.py')
-    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (.005, 4)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (.015, 4)
     assert cfg.randomness == dict(seed=3)
 
     # the same as without a kill, which may cost a validation in between
@@ -116,6 +118,28 @@ def test_a_grid_killed_and_run_again(command):
     assert (again['miou'], again['loss']) == (result['miou'], result['loss']), log[-4000:]
 
 
+def test_progress_within_a_cell(tool, tmp_path):
+    assert tool.progress(tmp_path, 400) == '    iteration 0 of 400'
+    log = tmp_path / '1/vis_data/scalars.json'
+    log.parent.mkdir(parents=True)
+    entries = [dict(loss=2., time=.5, step=20), dict(loss=1.25, time=.5, step=40)]
+    log.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
+    text = '    iteration 40 of 400, loss 1.25, 0:03:00 of training left'
+    assert tool.progress(tmp_path, 400) == text
+    log.write_text(log.read_text() + json.dumps(dict(mIoU=12.5, step=40)))
+    assert tool.progress(tmp_path, 400) == text + ', mIoU 12.50 at 40'
+
+
+def test_a_running_cell_tells_how_far_it_is(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'TELL_SECONDS', .3)
+    script = tmp_path / 'train.py'
+    script.write_text('import time; time.sleep(1); raise SystemExit("no data")')
+    monkeypatch.setattr(tool, 'TRAIN', script)
+    cfg = Config(dict(train_cfg=dict(max_iters=7)))
+    assert tool.run(tmp_path / 'cell', cfg)['error'] == 'no data'
+    assert '    iteration 0 of 7' in capsys.readouterr().out
+
+
 def test_other_settings_are_another_cell(tool):
     cfg = Config.fromfile(ROOT / f'configs/deeplabv3/{KN}.py')
     cfg.randomness = dict(seed=0)
@@ -146,7 +170,7 @@ def test_each_cell_has_settings_of_its_own(tool):
         (1, 0), (2, 0), (8, 0), (1, 1), (2, 1), (8, 1)]
     for _, batch, seed, folder, cfg in cells:
         assert cfg.train_dataloader.batch_size == batch and cfg.randomness == dict(seed=seed)
-        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(.01 * batch / 2)
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(.03 * batch / 2)
         assert cfg.train_cfg.max_iters == cfg.param_scheduler[0].end == 800 // batch
         assert folder.name.startswith(f'b{batch}_s{seed}-')
     assert len({folder for *_, folder, _ in cells}) == 6
@@ -240,3 +264,40 @@ def test_the_plain_pool_head_trains_batch_norm_with_one_image():
     norms = [m for m in head.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 3 and not any(
         isinstance(m, torch.nn.BatchNorm2d) for m in head.image_pool.modules())
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_the_architecture_with_another_normalization(depth):
+    """Of no normalization at all it is a KNResNet whose windows are left as they are."""
+    kwargs = dict(depth=depth, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4),
+                  zero_init_residual=False)
+    net = NormKNResNet(dict(type='BN'), **kwargs)
+    kn = KNResNet(**kwargs)
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    assert {name: p.shape for name, p in kn.named_parameters()}.items() <= shapes.items()
+    assert not any(isinstance(m, KNConv2d) for m in net.modules())
+    convs = [m for m in kn.modules() if isinstance(m, KNConv2d)]
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert [n.num_features for n in norms[:len(convs)]] == [c.in_channels for c in convs]
+    assert len(norms) == len(convs) + 4  # and one for each output
+
+    net = NormKNResNet(dict(type='NoNorm'), **kwargs).double()
+    net.load_state_dict({**net.state_dict(), **kn.state_dict()})
+    kn.double()
+    for conv in convs:
+        conv.forward = types.MethodType(plain, conv)
+    for i in range(4):
+        setattr(kn, f'norm{i + 1}', torch.nn.Identity())
+    x = torch.rand(1, 3, 33, 46, dtype=torch.float64)
+    for got, expected in zip(net(x), kn(x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def plain(self, input, residual=0):
+    """A KNConv2d without its normalization."""
+    left, right, top, bottom = (self.padding if len(self.padding) == 4 else
+                                [p for p in self.padding[::-1] for _ in range(2)])
+    output = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(input, (left, right, top, bottom)), self.weight, self.bias,
+        self.stride, dilation=self.dilation) + residual
+    return output.relu() if self.activation else output

@@ -1,4 +1,5 @@
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def load(name):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_builds_and_runs_forward_loss_and_predict(name):
     cfg = load(name)
-    baselines = ['mmseg_kn.baselines'] * ('nonorm' in name or 'plainpool' in name)
+    baselines = ['mmseg_kn.baselines'] * any(
+        part in name for part in ('nonorm', 'plainpool', '-bn-', '-kn-'))
     packages = ['mmseg_kn', 'mmseg_kn.privacy', *baselines] if '-dp-' in name else (
         baselines or ['mmseg_kn'])
     assert cfg.custom_imports == dict(imports=packages, allow_failed_imports=False)
@@ -37,7 +39,7 @@ def test_builds_and_runs_forward_loss_and_predict(name):
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
-    if 'knr' in name:
+    if 'knr' in name and '-bn-' not in name:
         assert cfg.model.backbone.type == 'KNResNet'
         assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
                        for m in model.modules())
@@ -102,3 +104,32 @@ def test_schedule_and_pipelines(name):
     # mmengine hands the preprocessor at the top level to the model under --tta
     assert cfg.data_preprocessor == cfg.model.data_preprocessor
     assert cfg.test_dataloader.dataset.data_root == cfg.train_dataloader.dataset.data_root
+
+
+def flat(value, prefix=''):
+    """{'a.b.0': value} of nested settings."""
+    items = (value.items() if isinstance(value, dict) else
+             enumerate(value) if isinstance(value, (list, tuple)) else None)
+    if items is None:
+        return {prefix: value}
+    return {path: leaf for key, part in items
+            for path, leaf in flat(part, f'{prefix}.{key}'.lstrip('.')).items()}
+
+
+def twin(name):
+    return re.sub(r'_(?:kn)?r(\d+)(-gn|-ln|-nonorm|-plainpool|-kn|-bn)?-d8', r'_knr\1-d8', name)
+
+
+@pytest.mark.parametrize('name', [c for c in CONFIGS if c != twin(c)])
+def test_twins_differ_in_the_normalization_alone(name):
+    kn = twin(name)
+    mine, theirs = flat(dict(load(name))), flat(dict(load(kn)))
+    differ = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+    norm = re.compile(r'(model\.)?(backbone\.|(norm|conv|act)_cfg|data_preprocessor\.(mean|std)|'
+                      r'(decode|auxiliary)_head\.(in_channels$|(norm|conv|act)_cfg)|'
+                      r'decode_head\.type$)|custom_imports')
+    assert differ and not [key for key in differ if not norm.match(key)]
+    # nor do the backbones in what is not their architecture
+    for key in ('depth', 'out_indices', 'strides', 'dilations'):
+        mine, theirs = (load(n).model.backbone[key] for n in (name, kn))
+        assert mine == theirs, key

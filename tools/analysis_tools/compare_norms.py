@@ -46,6 +46,7 @@ from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS
 
 TRAIN = Path(__file__).parents[1] / 'train.py'
+TELL_SECONDS = 60
 
 
 def parse_args() -> argparse.Namespace:
@@ -160,13 +161,19 @@ def run(cell: Path, cfg: Config) -> dict:
     """Trains a cell, or goes on with it; returns its result."""
     cell.mkdir(parents=True, exist_ok=True)
     cfg.dump(cell / 'config.py')
-    start = time.time()
+    start, end = time.time(), cfg.train_cfg.max_iters
     with open(cell / 'train.log', 'a') as log:
         process = subprocess.Popen(
             [sys.executable, TRAIN, cell / 'config.py', '--work-dir', cell, '--resume'],
             stdout=log, stderr=subprocess.STDOUT)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            pid, told = 0, start
+            while not pid:
+                time.sleep(.2)
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if time.time() - told > TELL_SECONDS:
+                    told = time.time()
+                    print(progress(cell, end), flush=True)
         except BaseException:
             process.kill()
             raise
@@ -174,7 +181,7 @@ def run(cell: Path, cfg: Config) -> dict:
               f'CPU, {torch.get_num_threads()} threads')
     result = dict(seconds=round(time.time() - start), resident_mib=usage.ru_maxrss >> 10,
                   device=device, torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
-    code, end = os.waitstatus_to_exitcode(status), cfg.train_cfg.max_iters
+    code = os.waitstatus_to_exitcode(status)
     if code:
         lines = (cell / 'train.log').read_text().strip().splitlines()
         result['error'] = (f'killed by {signal.Signals(-code).name}' if code < 0 else
@@ -208,6 +215,19 @@ def curves(cell: Path) -> dict:
     return dict(miou=sorted(miou.items()), loss=sorted(loss.items()),
                 iteration_seconds=statistics.median(times) if times else 0,
                 gpu_mib=max(memory, default=0))
+
+
+def progress(cell: Path, end: int) -> str:
+    """How far a cell has come, as its log has it."""
+    so_far = curves(cell)
+    iteration, loss = so_far['loss'][-1] if so_far['loss'] else (0, None)
+    text = f'    iteration {iteration} of {end}'
+    if loss is not None:
+        left = timedelta(seconds=round((end - iteration) * so_far['iteration_seconds']))
+        text += f', loss {loss:.3g}, {left} of training left'
+    if so_far['miou']:
+        text += ', mIoU {1:.2f} at {0}'.format(*so_far['miou'][-1])
+    return text
 
 
 def complexity(cfg: Config) -> tuple[float, float]:
