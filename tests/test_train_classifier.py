@@ -2,16 +2,21 @@
 import csv
 import importlib.util
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from program import ROOT, execute
 
 from mmseg_kn import KNResNet, KNResNetClassifier
 from mmseg_kn.toy_cityscapes import generate
+
+# isort: split
+from mmseg.registry import MODELS
 
 TOOLS = ROOT / 'tools'
 
@@ -123,6 +128,18 @@ def tool():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(('norm', 'twin'), [('KN', 'knr18'), ('BN', 'r18'), ('GN', 'r18-gn')])
+def test_its_backbones_are_the_segmentors(tool, norm, twin):
+    """mmengine would leave out weights that do not fit, and train the stem from scratch."""
+    cfg = Config.fromfile(
+        ROOT / f'configs/deeplabv3/deeplabv3_{twin}-d8_1xb2-400_camvid-160x160.py')
+    args = SimpleNamespace(depth=18, low_resolution=False, zero_init_residual=True)
+    given = tool.build_backbone(norm, args).state_dict()
+    needed = MODELS.build(cfg.model.backbone).state_dict()
+    assert {name: given[name].shape for name in needed} == {
+        name: value.shape for name, value in needed.items()}
 
 
 def test_digest_tells_data_apart(tool, stripes, tmp_path):

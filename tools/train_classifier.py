@@ -9,11 +9,12 @@ settings and of the data; finished runs are kept.
     python tools/train_classifier.py digits --low-resolution --crop-padding 4 --csv digits.csv
 
 KN is KNResNet in the authors' geometry for classification; BN and GN (32 groups) are mmseg's
-ResNet. The recipe is the authors' for CIFAR-100 at depth 18, shortened: SGD with momentum 0.9 and
-weight decay 5e-4; the learning rate falls along a cosine to a hundredth and begins with KN 0.05,
-BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN 0.00078125 at batch 2 (other batch sizes: in
-proportion to the nearest of the two; other depths: --lr). KN takes images in [0, 1], the others
-shifted and scaled by the training set's mean and standard deviation.
+ResNetV1c, for low resolution ResNet. The recipe is the authors' for CIFAR-100 at depth 18,
+shortened: SGD with momentum 0.9 and weight decay 5e-4; the learning rate falls along a cosine to
+a hundredth and begins with KN 0.05, BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN
+0.00078125 at batch 2 (other batch sizes: in proportion to the nearest of the two; other depths:
+--lr). KN takes images in [0, 1], the others shifted and scaled by the training set's mean and
+standard deviation.
 
 The checkpoint's keys are mmpretrain's. But for --low-resolution, whose stem is another, it
 initialises a segmentor's backbone, in config or --cfg-options:
@@ -42,7 +43,7 @@ from torch.utils.data import Dataset, default_collate
 import mmseg_kn
 
 # isort: split
-from mmseg.models.backbones import ResNet
+from mmseg.models.backbones import ResNet, ResNetV1c
 
 LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
                   ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025}
@@ -209,8 +210,9 @@ def build_backbone(norm: str, args: argparse.Namespace) -> nn.Module:
         return mmseg_kn.KNResNetCls(args.depth, low_resolution=args.low_resolution,
                                     zero_init_residual=args.zero_init_residual)
     norm_cfg = dict(type='BN') if norm == 'BN' else dict(type='GN', num_groups=32)
-    backbone = ResNet(args.depth, out_indices=(3, ), norm_cfg=norm_cfg, norm_eval=False,
-                      zero_init_residual=args.zero_init_residual)
+    kind = ResNet if args.low_resolution else ResNetV1c  # whose stem segmentors have
+    backbone = kind(depth=args.depth, out_indices=(3, ), norm_cfg=norm_cfg, norm_eval=False,
+                    zero_init_residual=args.zero_init_residual)
     if args.low_resolution:
         backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
