@@ -3,7 +3,9 @@ import argparse
 import contextlib
 import functools
 import importlib
+import inspect
 import io
+import itertools
 import os
 import re
 import runpy
@@ -26,23 +28,26 @@ from mmengine.config import Config
 from mmengine.config.utils import _get_cfg_metainfo
 from mmengine.hub import get_config
 from mmengine.infer import BaseInferencer
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import mmcv_full_available
-from mmseg.models.decode_heads import ASPPHead
+from mmseg.models.decode_heads import ASPPHead, FCNHead
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import DATASETS
 from mmseg.registry import MODELS as MMSEG_MODELS
 from mmseg.structures import SegDataSample
 from program import ROOT
+from test_configs import flat
 from test_tools import SHORT
 from torch.nn.modules._functions import SyncBatchNorm
 
 from mmseg_kn import KNConv2d, KNResNet, KNResNetCls, compat
 from mmseg_kn.class_check import ClassCheckHook, class_fault
+from mmseg_kn.privacy.optim_wrapper import DPOptimWrapper
 from mmseg_kn.resume import SafeCheckpointHook, _explained
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(ROOT.glob('docs/*.md')),
@@ -128,6 +133,30 @@ def test_flags_and_targets(name):
             assert given <= flags_of(tool), line
         if line.startswith('make '):
             assert re.search(rf'^{line.split()[1]}:', (ROOT / 'Makefile').read_text(), re.M), line
+
+
+@pytest.fixture(scope='module')
+def settings():
+    """What --cfg-options may name: each setting of any config, and arguments that none sets."""
+    configs = [p for folder in ('deeplabv3', 'fcn', 'classification')
+               for p in ROOT.glob(f'configs/{folder}/*.py')]
+    found = {part for path in configs for setting in flat(dict(Config.fromfile(path)))
+             for part in itertools.accumulate(setting.split('.'), '{}.{}'.format)}
+    arguments = [('model.backbone', KNResNet), ('model.decode_head', FCNHead),
+                 ('model.decode_head.conv_cfg', KNConv2d),
+                 ('model.auxiliary_head.conv_cfg', KNConv2d),
+                 ('optim_wrapper', OptimWrapper), ('optim_wrapper', DPOptimWrapper)]
+    found |= {f'{setting}.{name}' for setting, kind in arguments
+              for name in inspect.signature(kind).parameters}
+    found |= {f'model.backbone.init_cfg.{name}' for name in ('type', 'checkpoint', 'prefix')}
+    return found | {'default_hooks.channels_last.type', 'env_cfg.dist_cfg.timeout'}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_settings_of_commands_exist(name, settings):
+    lines = [line for line in commands(ROOT / name) if '=' in line]
+    given = set(re.findall(r'(?<![\w./-])([a-z_]+(?:\.\w+)+)=(?!=)', ' '.join(lines)))
+    assert given <= settings, given - settings
 
 
 def test_commands_and_flags_are_found():
