@@ -15,10 +15,16 @@ import cv2
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_kn import KNConv2d, KNResNet
 from mmseg_kn.baselines import NoNorm, NormKNResNet, PlainPoolASPPHead
 from mmseg_kn.toy_cityscapes import generate
+
+# isort: split
+from mmseg.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools/analysis_tools/compare_norms.py'
@@ -264,6 +270,20 @@ def test_the_plain_pool_head_trains_batch_norm_with_one_image():
     norms = [m for m in head.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 3 and not any(
         isinstance(m, torch.nn.BatchNorm2d) for m in head.image_pool.modules())
+
+
+def test_batch_norm_with_one_image_by_options():
+    """As docs/choosing_a_normalization.md has them, on a config that does not import the head."""
+    cfg = Config.fromfile(
+        ROOT / 'configs/deeplabv3/deeplabv3_r18-d8_4xb2-40k_cityscapes-512x1024.py')
+    cfg.merge_from_dict({'model.decode_head.type': 'mmseg_kn.baselines.PlainPoolASPPHead',
+                         'model.backbone.norm_eval': True})
+    init_default_scope(cfg.default_scope)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+    model(torch.rand(1, 3, 64, 64), mode='tensor')
+    frozen, moving = ({m.training for m in part.modules() if isinstance(m, _BatchNorm)}
+                      for part in (model.backbone, model.decode_head))
+    assert (frozen, moving) == ({False}, {True})
 
 
 @pytest.mark.parametrize('depth', [18, 50])
