@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .knresnet import KNResNet
 from .layers import KernelNorm2d, KNConv2d
+from .ops.geometry import make_geometry
 
 
 @MODELS.register_module()
@@ -73,15 +74,11 @@ class NormConv2d(nn.Conv2d):
                          dilation=conv.dilation)
         self.weight, self.bias, self.activation = conv.weight, conv.bias, conv.activation
         self.norm = norm
-        left_right_top_bottom = conv.padding
-        if len(left_right_top_bottom) == 2:
-            height, width = conv.padding
-            left_right_top_bottom = (width, width, height, height)
-        self.padded = left_right_top_bottom
+        self.sides = make_geometry(conv.kernel_size, padding=conv.padding).padding
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual``, if given, is added to the output, before the activation."""
-        output = super().forward(F.pad(self.norm(input), self.padded))
+        output = super().forward(F.pad(self.norm(input), self.sides))
         if residual is not None:
             output = output + residual
         return F.relu(output) if self.activation else output
@@ -117,3 +114,4 @@ class NormKNResNet(KNResNet):
                 self.set_submodule(name, NormConv2d(norm(layer.in_channels), layer))
             elif isinstance(layer, KernelNorm2d):
                 self.set_submodule(name, norm(layer.num_features))
+        self._freeze_stages()

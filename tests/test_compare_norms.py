@@ -301,6 +301,10 @@ def test_the_architecture_with_another_normalization(depth):
     assert [n.num_features for n in norms[:len(convs)]] == [c.in_channels for c in convs]
     assert len(norms) == len(convs) + 4  # and one for each output
 
+    net = NormKNResNet(dict(type='BN'), frozen_stages=1, **kwargs)
+    assert not any(p.requires_grad for part in (net.stem, net.layer1) for p in part.parameters())
+    assert all(p.requires_grad for p in net.layer2.parameters())
+
     net = NormKNResNet(dict(type='NoNorm'), **kwargs).double()
     net.load_state_dict({**net.state_dict(), **kn.state_dict()})
     kn.double()
