@@ -1,6 +1,8 @@
 import os
 
+import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 if not torch.cuda.is_available():  # triton's interpreter runs the kernels on the CPU
     os.environ.setdefault('TRITON_INTERPRET', '1')
@@ -9,3 +11,11 @@ import mmseg_kn  # noqa: E402, F401 (before any test imports mmseg.models: it le
 
 # The tests are small: threads would only contend where several processes share the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def own_default_scope():
+    """A Runner leaves its default scope behind, and the next file's builds would look there."""
+    before = DefaultScope._instance_dict.copy()
+    yield
+    DefaultScope._instance_dict = before
