@@ -36,7 +36,7 @@ lint: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) $(VENV)-onedl $(DEMO_DATA) $(DEMO_WORK)
 
-$(VENV)/.installed: EXTRAS := lite,test,lint
+$(VENV)/.installed: EXTRAS := lite,test,kernels,lint
 $(VENV)-onedl/.installed: EXTRAS := onedl,test
 # KN models need no compiled op of the fork's mmcv.
 $(VENV)-onedl/.installed: export MMCV_WITH_OPS := 0
