@@ -11,6 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from program import ROOT, execute
+from torch import nn
 
 from mmseg_kn import KNResNet, KNResNetClassifier
 from mmseg_kn.toy_cityscapes import generate
@@ -130,16 +131,20 @@ def tool():
     return module
 
 
-@pytest.mark.parametrize(('norm', 'twin'), [('KN', 'knr18'), ('BN', 'r18'), ('GN', 'r18-gn')])
+@pytest.mark.parametrize(('norm', 'twin'), [
+    ('KN', 'knr18'), ('BN', 'r18'), ('GN', 'r18-gn'), ('LN', 'r18-ln')])
 def test_its_backbones_are_the_segmentors(tool, norm, twin):
     """mmengine would leave out weights that do not fit, and train the stem from scratch."""
     cfg = Config.fromfile(
         ROOT / f'configs/deeplabv3/deeplabv3_{twin}-d8_1xb2-400_camvid-160x160.py')
     args = SimpleNamespace(depth=18, low_resolution=False, zero_init_residual=True)
-    given = tool.build_backbone(norm, args).state_dict()
-    needed = MODELS.build(cfg.model.backbone).state_dict()
+    backbones = tool.build_backbone(norm, args), MODELS.build(cfg.model.backbone)
+    given, needed = (b.state_dict() for b in backbones)
     assert {name: given[name].shape for name in needed} == {
         name: value.shape for name, value in needed.items()}
+    given, needed = ([m.num_groups for m in b.modules() if isinstance(m, nn.GroupNorm)]
+                     for b in backbones)
+    assert given == needed
 
 
 def test_digest_tells_data_apart(tool, stripes, tmp_path):

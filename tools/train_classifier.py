@@ -8,13 +8,13 @@ settings and of the data; finished runs are kept.
 
     python tools/train_classifier.py digits --low-resolution --crop-padding 4 --csv digits.csv
 
-KN is KNResNet in the authors' geometry for classification; BN and GN (32 groups) are mmseg's
-ResNetV1c, for low resolution ResNet. The recipe is the authors' for CIFAR-100 at depth 18,
-shortened: SGD with momentum 0.9 and weight decay 5e-4; the learning rate falls along a cosine to
-a hundredth and begins with KN 0.05, BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN
+KN is KNResNet in the authors' geometry for classification; BN, GN (32 groups) and LN (one group)
+are mmseg's ResNetV1c, for low resolution ResNet. The recipe is the authors' for CIFAR-100 at depth
+18, shortened: SGD with momentum 0.9 and weight decay 5e-4; the learning rate falls along a cosine
+to a hundredth and begins with KN 0.05, BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN
 0.00078125 at batch 2 (other batch sizes: in proportion to the nearest of the two; other depths:
---lr). KN takes images in [0, 1], the others shifted and scaled by the training set's mean and
-standard deviation.
+--lr). For LN, which they do not give, it is GN's. KN takes images in [0, 1], the others shifted
+and scaled by the training set's mean and standard deviation.
 
 The checkpoint's keys are mmpretrain's. But for --low-resolution, whose stem is another, it
 initialises a segmentor's backbone, in config or --cfg-options:
@@ -45,6 +45,8 @@ import mmseg_kn
 # isort: split
 from mmseg.models.backbones import ResNet, ResNetV1c
 
+NORM_CFGS = dict(BN=dict(type='BN'), GN=dict(type='GN', num_groups=32),
+                 LN=dict(type='GN', num_groups=1))
 LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
                   ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025}
 
@@ -53,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', help='a folder, or digits')
-    parser.add_argument('--norms', nargs='+', choices=('KN', 'BN', 'GN'),
+    parser.add_argument('--norms', nargs='+', choices=('KN', *NORM_CFGS),
                         default=['KN', 'BN', 'GN'])
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[2, 32])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
@@ -209,9 +211,8 @@ def build_backbone(norm: str, args: argparse.Namespace) -> nn.Module:
     if norm == 'KN':
         return mmseg_kn.KNResNetCls(args.depth, low_resolution=args.low_resolution,
                                     zero_init_residual=args.zero_init_residual)
-    norm_cfg = dict(type='BN') if norm == 'BN' else dict(type='GN', num_groups=32)
     kind = ResNet if args.low_resolution else ResNetV1c  # whose stem segmentors have
-    backbone = kind(depth=args.depth, out_indices=(3, ), norm_cfg=norm_cfg, norm_eval=False,
+    backbone = kind(depth=args.depth, out_indices=(3, ), norm_cfg=NORM_CFGS[norm], norm_eval=False,
                     zero_init_residual=args.zero_init_residual)
     if args.low_resolution:
         backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -255,7 +256,7 @@ def run(args: argparse.Namespace, sets, settings: dict, folder: Path) -> float:
 
 def initial_lr(norm: str, batch_size: int) -> float:
     nearest = 2 if batch_size < 8 else 32
-    return LEARNING_RATES[norm, nearest] * batch_size / nearest
+    return LEARNING_RATES['GN' if norm == 'LN' else norm, nearest] * batch_size / nearest
 
 
 def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int) -> dict:
