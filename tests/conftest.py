@@ -19,3 +19,12 @@ def own_default_scope():
     before = DefaultScope._instance_dict.copy()
     yield
     DefaultScope._instance_dict = before
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_checkpoints_left(tmp_path_factory):
+    """Else a run piles up 4 GB. Folders stay: mmengine's visualizer writes to its first one."""
+    yield
+    for path in tmp_path_factory.getbasetemp().rglob('*.pth'):
+        if path.is_file():  # a sharded one is a folder
+            path.unlink()
