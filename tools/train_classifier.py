@@ -48,7 +48,8 @@ from mmseg.models.backbones import ResNet, ResNetV1c
 NORM_CFGS = dict(BN=dict(type='BN'), GN=dict(type='GN', num_groups=32),
                  LN=dict(type='GN', num_groups=1))
 LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
-                  ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025}
+                  ('LN', 2): 0.0015625,
+                  ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025, ('LN', 32): 0.025}
 
 
 def parse_args() -> argparse.Namespace:
@@ -256,7 +257,7 @@ def run(args: argparse.Namespace, sets, settings: dict, folder: Path) -> float:
 
 def initial_lr(norm: str, batch_size: int) -> float:
     nearest = 2 if batch_size < 8 else 32
-    return LEARNING_RATES['GN' if norm == 'LN' else norm, nearest] * batch_size / nearest
+    return LEARNING_RATES[norm, nearest] * batch_size / nearest
 
 
 def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int) -> dict:
