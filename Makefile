@@ -12,7 +12,7 @@ DEMO_WORK := work_dirs/demo
 .PHONY: demo test test-onedl lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python tools/dataset_converters/toy_cityscapes.py $(DEMO_DATA) --workers 2 --force
+	$(BIN)/python tools/toy_cityscapes $(DEMO_DATA) --workers 2 --force
 	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_WORK)
 	$(BIN)/python tools/test.py $(DEMO_CONFIG) $(DEMO_WORK)/iter_600.pth --work-dir $(DEMO_WORK)
 	$(BIN)/python tools/analysis_tools/compare_predictions.py $(DEMO_CONFIG) \
@@ -27,8 +27,9 @@ test: $(VENV)/.installed
 
 # The same plugin on the maintained fork, which owns the same import names.
 test-onedl: $(VENV)-onedl/.installed
-	$(VENV)-onedl/bin/$(PYTEST) tests/test_compat.py tests/test_tools.py \
-	    tests/test_analysis_tools.py tests/test_resume.py tests/test_private_training.py
+	$(VENV)-onedl/bin/$(PYTEST) tests/test_stack.py tests/checkpoints tests/tools/test_tools.py \
+	    tests/tools/test_analysis_tools.py tests/engine/test_safe_checkpoint_hook.py \
+	    tests/privacy/test_private_training.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

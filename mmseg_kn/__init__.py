@@ -3,16 +3,18 @@
 Importing this package registers ``KN``, ``KNConv``, ``KNResNet`` and ``KNResNetCls``; a config
 does so with ``custom_imports=dict(imports=['mmseg_kn'], allow_failed_imports=False)``.
 """
-from . import compat
+from . import stack
 
-compat.setup()
+stack.setup()  # before anything below imports mmseg
 
-from . import channels_last, checkpoint, class_check, datasets, hooks, ops, resume  # noqa: E402, F401
-from .classification import KNResNetClassifier, KNResNetCls  # noqa: E402
-from .knresnet import KNResNet  # noqa: E402
-from .layers import KernelNorm2d, KNConv2d  # noqa: E402
+from . import datasets, engine, ops  # noqa: E402, F401
+from ._version import __version__  # noqa: E402, F401
+from .checkpoints import safe_load  # noqa: E402
+from .engine import cpu_launch  # noqa: E402
+from .models import KernelNorm2d, KNConv2d, KNResNet, KNResNetClassifier, KNResNetCls  # noqa: E402
 
-__version__ = '0.1.0'
+safe_load.setup()
+cpu_launch.setup()
 
 __all__ = [
     'KNConv2d', 'KNResNet', 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d', 'ops'

@@ -7,8 +7,8 @@ from mmseg.models.decode_heads import ASPPHead
 from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
 
-from .knresnet import KNResNet
-from .layers import KernelNorm2d, KNConv2d
+from .models.knresnet import KNResNet
+from .models.layers import KernelNorm2d, KNConv2d
 from .ops.geometry import make_geometry
 
 

@@ -7,7 +7,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .knresnet import Block, Transition
+from .models.knresnet import Block, Transition
 
 
 def wrap_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:

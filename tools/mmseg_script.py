@@ -13,7 +13,7 @@ FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 def cannot_write(error: OSError) -> bool:
     """Whether a file or folder cannot be made or written, and nobody has said what to do."""
-    if isinstance(error.__cause__, OSError):  # mmseg_kn.resume has
+    if isinstance(error.__cause__, OSError):  # mmseg_kn.engine.safe_checkpoint_hook has
         return False
     denied = error.errno == errno.EACCES and not os.path.exists(error.filename or '.')
     return denied or error.errno in FULL_OR_READ_ONLY

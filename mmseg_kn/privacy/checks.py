@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Subset
 
-from ..resume import IterationSeedHook
+from ..engine.iteration_seed_hook import IterationSeedHook
 from .distributed import MMDPDistributedDataParallel
+from .loop import DPIterBasedTrainLoop
 from .optim_wrapper import DPOptimWrapper
 from .sampler import PoissonBatchSampler
 
 
 def check_training(runner) -> None:
     """Raises ValueError, with the remedy, at the first setting that breaks the guarantee."""
-    from .loop import DPIterBasedTrainLoop
     if not isinstance(runner.optim_wrapper, DPOptimWrapper):
         _refuse(f'optim_wrapper is {type(runner.optim_wrapper).__name__}, which neither clips '
                 'samples nor adds noise', "optim_wrapper=dict(type='DPOptimWrapper', ...)")

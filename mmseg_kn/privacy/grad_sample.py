@@ -17,7 +17,7 @@ from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from ..layers import KNConv2d
+from ..models.layers import KNConv2d
 from ..ops.geometry import make_geometry, pad
 
 GRAD_SAMPLERS = GradSampleModule.GRAD_SAMPLERS  # by exact type of layer

@@ -1,10 +1,9 @@
 """Training by Poisson batches of varying size, in parts that fit into memory."""
 import itertools
 
-from mmengine.registry import LOOPS
+from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import IterBasedTrainLoop
 
-from .hook import DPHook
 from .sampler import forbid_refetch, split_batch
 
 
@@ -36,7 +35,8 @@ class DPIterBasedTrainLoop(IterBasedTrainLoop):
         super().__init__(runner, dataloader, *args, **kwargs)
 
     def run(self) -> None:
-        if not any(isinstance(hook, DPHook) for hook in self.runner.hooks):
+        # By its registered name: the hook's module imports the checks, which import this one.
+        if not any(isinstance(hook, HOOKS.get('DPHook')) for hook in self.runner.hooks):
             raise ValueError("DPIterBasedTrainLoop needs DPHook, which attaches privacy to the "
                              "model: custom_hooks=[dict(type='DPHook'), ...]")
         # mmengine would skip as many batches as were trained on; these are drawn by chance.

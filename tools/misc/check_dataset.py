@@ -22,9 +22,9 @@ import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 # isort: split
 from mmseg.registry import DATASETS
 
-from mmseg_kn.class_check import class_fault
 from mmseg_kn.datasets import KNCityscapesDataset
-from mmseg_kn.image_files import rules_of, scan
+from mmseg_kn.datasets.file_checks import rules_of, scan
+from mmseg_kn.engine.class_check_hook import class_fault
 
 SPLITS = ('train', 'val', 'test')
 

@@ -1,7 +1,7 @@
 """Converts the authors' ImageNet checkpoints (repository norm-torch) to KNResNet. See --help."""
 import argparse
 
-from mmseg_kn.checkpoint import convert_file
+from mmseg_kn.checkpoints.norm_torch import convert_file
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-# Generated street scenes, see tools/dataset_converters/toy_cityscapes.py. They
+# Generated street scenes, see tools/toy_cityscapes. They
 # are trained on at their own size, with flips alone.
 _base_ = './cityscapes.py'
 data_root = 'data/toy_cityscapes/'

@@ -1,0 +1,217 @@
+"""Checkpoints of the authors' classification models, converted to ours.
+
+The repository norm-torch (https://github.com/reza-nasirigerdeh/norm-torch) releases KNResNet-18,
+34 and 50 trained on ImageNet. Their files hold the weights under ``model``; beside them stand the
+optimizer, the schedule, and the command line as an ``argparse.Namespace``.
+"""
+import argparse
+import functools
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..models.knresnet import Block, Transition
+from ..models.knresnet_cls import KNResNetClassifier
+from .safe_load import load_from_local
+
+DEPTHS = (18, 34, 50)  # that norm-torch has
+
+
+def convert_norm_torch(state_dict: Mapping[str, Tensor],
+                       classifier: bool = False) -> dict[str, Tensor]:
+    """Renames the weights of norm-torch's ``knresnet18``, ``knresnet34`` or ``knresnet50``.
+
+    Args:
+        state_dict: Their state dict.
+        classifier: Return the weights of :class:`mmseg_kn.KNResNetClassifier`, and so of
+            mmpretrain's ``ImageClassifier``, else those of :class:`mmseg_kn.KNResNet`, without
+            the tail and the linear layer.
+
+    Returns:
+        Copies of the tensors, under our names.
+
+    Raises:
+        ValueError: A key is missing, unknown or of another shape, a value is not a dense tensor
+            of finite floating-point numbers, or this is another network.
+    """
+    if all(str(name).startswith('module.') for name in state_dict):  # of DistributedDataParallel
+        state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
+    depth = norm_torch_depth(state_dict)
+    names = _names(depth)
+    missing = [name for name in names if name not in state_dict]
+    unknown = [str(name) for name in state_dict if name not in names]
+    if missing or unknown:
+        reasons = [f'{what} keys: {_few(keys)}'
+                   for what, keys in (('missing', missing), ('unknown', unknown)) if keys]
+        raise ValueError(f"the weights look like norm-torch's knresnet{depth}, but have "
+                         + '; '.join(reasons))
+    for name, value in state_dict.items():
+        if not _is_plain(value):
+            raise ValueError(f'{name} must be a dense tensor of finite floating-point numbers')
+
+    stem, fc = state_dict['block0.0.weight'], state_dict['fc.weight']
+    low_resolution = stem.dim() == 4 and stem.shape[2:] == (3, 3)
+    if low_resolution and not classifier:
+        raise ValueError(f'this knresnet{depth} is one for low resolution, whose 3x3 stem does '
+                         'not fit KNResNet; it can be converted as a classifier only')
+    with torch.device('meta'):  # shapes without memory
+        net = KNResNetClassifier(depth, num_classes=fc.size(0) if fc.dim() else 1,
+                                 low_resolution=low_resolution,
+                                 in_channels=stem.size(1) if stem.dim() > 1 else 3)
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    for name, key in names.items():
+        if state_dict[name].shape != shapes[key]:
+            raise ValueError(f'{name} of knresnet{depth} must have the shape '
+                             f'{tuple(shapes[key])}, got {tuple(state_dict[name].shape)}')
+    if not classifier:
+        # The backbone's alone; segmentation has no tail.
+        names = {name: key.removeprefix('backbone.') for name, key in names.items()
+                 if key.startswith('backbone.') and not key.startswith('backbone.tail.')}
+    # Copies: a view would be saved with all of the memory that it is a view of.
+    return {key: state_dict[name].detach().clone(memory_format=torch.contiguous_format)
+            for name, key in names.items()}
+
+
+def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
+    """The depth of norm-torch's KNResNet whose keys come closest to those of ``state_dict``.
+
+    Raises:
+        ValueError: The weights are those of another network.
+    """
+    keys = {str(name).removeprefix('module.') for name in state_dict}
+    if 'block0.0.weight' in keys:
+        return min(DEPTHS, key=lambda depth: len(keys ^ _names(depth).keys()))
+    remedy = "norm-torch's checkpoints of KNResNet-18, 34 and 50 can be converted"
+    if any(key.endswith('running_mean') for key in keys):
+        raise ValueError('the weights have running statistics, so they are those of a BatchNorm '
+                         f'network; only {remedy}')
+    if any(key.endswith('stem.weight') for key in keys):
+        raise ValueError('the weights are those of a KNResNet of mmseg_kn already; they need no '
+                         'conversion')
+    raise ValueError(f'no key block0.0.weight among {len(keys)}: {_few(list(state_dict))}; only '
+                     f'{remedy}')
+
+
+def _few(keys: list) -> str:
+    return ', '.join(map(str, keys[:10])) + (', ...' if len(keys) > 10 else '')
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a module can load it, and what it loads is what the file says."""
+    return (isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+            and not value.is_quantized and value.device.type != 'meta'
+            and value.is_floating_point() and bool(value.isfinite().all()))
+
+
+@functools.cache
+def _names(depth: int) -> dict[str, str]:
+    """Their name of every weight -> the key in KNResNetClassifier."""
+    with torch.device('meta'):
+        backbone = KNResNetClassifier(depth, num_classes=1).backbone
+    modules = {'block0.0': 'stem'}
+    counts = {Block: 0, Transition: 0}
+    for path, unit in backbone.named_modules():
+        if type(unit) in counts:
+            counts[type(unit)] += 1
+            theirs = ('res' if type(unit) is Block else 'trans') + f'_block{counts[type(unit)]}'
+            for name, conv in unit.named_children():
+                inner = '.conv1x1' if conv.kernel_size == (1, 1) else ''
+                modules[f'{theirs}.{name}{inner}'] = f'{path}.{name}'
+    if backbone.tail is not None:
+        modules['conv_block_f.conv'] = 'tail'
+    modules = {theirs: f'backbone.{ours}' for theirs, ours in modules.items()}
+    modules['fc'] = 'head.fc'
+    return {f'{theirs}.{kind}': f'{ours}.{kind}' for theirs, ours in modules.items()
+            for kind in ('weight', 'bias')}
+
+
+def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> tuple[Path, int]:
+    """Converts a checkpoint file; nothing is written unless all of it converts.
+
+    The source is read without running code it may carry. The result loads with
+    ``torch.load(weights_only=True)``: ``state_dict``, and ``meta`` with the source's SHA-256, the
+    depth and the version of mmseg_kn.
+
+    Args:
+        src: File of norm-torch, its weights under ``model``; or a bare state dict.
+        dst: File to write, see :func:`save_with_hash`.
+        classifier: See :func:`convert_norm_torch`.
+
+    Returns:
+        The file written, and the depth.
+
+    Raises:
+        ValueError: The source is damaged, holds more than plain data, or does not convert.
+        FileNotFoundError: There is no source.
+    """
+    src = Path(src).expanduser()
+    # The one class that their files hold and torch does not allow.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = load_from_local(str(src), map_location='cpu')
+    state_dict = checkpoint
+    for key in ('model', 'state_dict'):
+        if isinstance(checkpoint, dict) and key in checkpoint:
+            state_dict = checkpoint[key]
+            break
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"{src} must hold a state dict under 'model', got "
+                         f'{type(state_dict).__name__}')
+    # A pickled OrderedDict may bring methods of its own; a dict made of it does not.
+    state_dict = {key: dict.__getitem__(state_dict, key) for key in dict.__iter__(state_dict)}
+    try:
+        weights = convert_norm_torch(state_dict, classifier)
+    except ValueError as error:
+        raise ValueError(f'{src} cannot be converted: {error}') from None
+
+    depth = norm_torch_depth(state_dict)
+    meta = dict(source_sha256=_sha256(src), depth=depth, mmseg_kn_version=__version__)
+    return save_with_hash(dict(meta=meta, state_dict=weights), dst), depth
+
+
+def save_with_hash(checkpoint: dict, dst: str | Path) -> Path:
+    """Saves a checkpoint all at once, under a name that tells its contents.
+
+    Args:
+        checkpoint: What to save.
+        dst: File to write, ``NAME.pth``; it is called ``NAME-HASH.pth``, with the first eight
+            digits of its own SHA-256. Its folder is made if need be.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: ``dst`` does not end in ``.pth``.
+    """
+    dst = Path(dst).expanduser()
+    if dst.suffix != '.pth':
+        raise ValueError(f'the name of a checkpoint ends in .pth, got {dst}')
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    digits = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
+    path = dst.with_name(f'{dst.stem}-{digits}.pth')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(prefix=path.name, suffix='.part', dir=path.parent)
+    try:
+        with open(descriptor, 'wb') as file:
+            file.write(buffer.getbuffer())
+        os.chmod(part, 0o644)  # mkstemp lets nobody else read it
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

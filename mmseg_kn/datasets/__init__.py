@@ -1,0 +1,4 @@
+"""Data sets that check their files."""
+from .cityscapes import KNCityscapesDataset
+
+__all__ = ['KNCityscapesDataset']

@@ -1,0 +1,11 @@
+"""What runs around the model: hooks, one a file and named as its class, and launching."""
+from .channels_last_hook import ChannelsLastHook
+from .class_check_hook import ClassCheckHook
+from .iteration_seed_hook import IterationSeedHook
+from .safe_checkpoint_hook import SafeCheckpointHook
+from .stem_signal_hook import StemSignalHook
+
+__all__ = [
+    'ChannelsLastHook', 'ClassCheckHook', 'IterationSeedHook', 'SafeCheckpointHook',
+    'StemSignalHook'
+]

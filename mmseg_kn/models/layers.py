@@ -1,0 +1,179 @@
+"""Kernel normalization as layers, built by mmcv's ``norm_cfg`` and ``conv_cfg``."""
+from collections.abc import Sequence
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.geometry import check_count, check_numbers, check_tensor, make_geometry
+
+# Registered in mmengine's root registry: mmseg, mmdet and mmpretrain all find it from there.
+
+
+def _check(dropout_p: float, eps: float, impl: str) -> None:
+    check_numbers(dropout_p, eps)
+    if impl not in ops.IMPLS:
+        raise ValueError(f'impl must be one of {ops.IMPLS}, got {impl!r}')
+
+
+def _impl_repr(impl: str) -> str:
+    return '' if impl == 'auto' else f', impl={impl!r}'
+
+
+@MODELS.register_module(name=['KN', 'KernelNorm2d'])
+class KernelNorm2d(nn.Module):
+    r"""Normalizes every window by its own mean and variance: (x - mean) / sqrt(var + eps).
+
+    No affine parameters and no running statistics; the windows are laid side by side. See
+    :func:`mmseg_kn.ops.kernel_norm2d` for the definition.
+
+    Args:
+        num_features: Channels C of the input.
+        kernel_size: Window, int or (h, w); 1 normalizes every position over its channels.
+        stride: int or (h, w).
+        padding: int, (h, w) or (left, right, top, bottom).
+        dropout_p: Dropout of the copy that training takes the statistics of, in [0, 1).
+        eps: Added to the variance.
+        impl: Implementation, see :func:`mmseg_kn.ops.kn_conv2d`.
+
+    Shape:
+        (N, C, H, W) to (N, C, kh * Ho, kw * Wo).
+
+    Raises:
+        ValueError: An argument, or the input's shape or dtype, does not fit.
+    """
+
+    _abbr_ = 'kn'
+
+    def __init__(self,
+                 num_features: int,
+                 kernel_size: int | Sequence[int] = 1,
+                 stride: int | Sequence[int] = 1,
+                 padding: int | Sequence[int] = 0,
+                 dropout_p: float = 0.05,
+                 eps: float = 1e-5,
+                 impl: str = 'auto') -> None:
+        super().__init__()
+        check_count('num_features', num_features)
+        geometry = make_geometry(kernel_size, stride, padding)
+        _check(dropout_p, eps, impl)
+        self.num_features = num_features
+        self.kernel_size = geometry.kernel
+        self.stride = geometry.stride
+        self.padding = geometry.symmetric_padding or geometry.padding
+        self.dropout_p = dropout_p
+        self.eps = eps
+        self.impl = impl
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_tensor('input', input)
+        if input.dim() == 4 and input.size(1) != self.num_features:
+            raise ValueError(f'expected num_features={self.num_features} channels, '
+                             f'got an input of shape {tuple(input.shape)}')
+        return ops.kernel_norm2d(input, self.kernel_size, self.stride, self.padding,
+                                 self.dropout_p, self.training, self.eps, self.impl)
+
+    def extra_repr(self) -> str:
+        return (f'{self.num_features}, kernel_size={self.kernel_size}, stride={self.stride}, '
+                f'padding={self.padding}, dropout_p={self.dropout_p}, eps={self.eps}'
+                + _impl_repr(self.impl))
+
+
+@MODELS.register_module(name=['KNConv', 'KNConv2d'])
+class KNConv2d(nn.Conv2d):
+    r"""Convolution whose windows are each normalized by their own mean and variance.
+
+    y = (conv(x, W) - mean * sum(W)) / sqrt(var + eps) + b; see :func:`mmseg_kn.ops.kn_conv2d`
+    for the definition. Takes the place of convolution and normalization both: use it as
+    ``conv_cfg=dict(type='KNConv'), norm_cfg=None``. Weights start Kaiming normal (fan out,
+    relu), biases zero.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: Channels of the output.
+        kernel_size: int or (h, w).
+        stride: int or (h, w).
+        padding: int, (h, w), (left, right, top, bottom), ``'same'`` or ``'valid'``.
+        dilation: int or (h, w).
+        groups: Groups of the convolution; statistics always span all channels.
+        bias: Whether to add a bias.
+        dropout_p: Dropout of the copy that training takes the statistics of, in [0, 1).
+            Evaluation is deterministic: it uses the expectation over this dropout.
+        eps: Added to the variance.
+        impl: Implementation, see :func:`mmseg_kn.ops.kn_conv2d`; what ``'auto'`` runs for an
+            input, :func:`mmseg_kn.ops.chosen_impl` tells.
+        activation: ``'relu'`` ends the layer with a ReLU: faster than a ReLU after it, and
+            backward needs not keep the convolution's output. Not for a ConvModule that has an
+            ``act_cfg`` of its own.
+        padding_mode: Only ``'zeros'``; the units are defined by zero padding.
+
+    Shape:
+        (N, in_channels, H, W) to (N, out_channels, Ho, Wo), as ``torch.nn.Conv2d``.
+
+    Raises:
+        ValueError: An argument, or the input's shape or dtype, does not fit.
+    """
+
+    # Per-sample gradients need the moments of the last forward: privacy/grad_sample.py sets
+    # keep_moments and takes them.
+    keep_moments = False
+    moments = None
+
+    def __init__(self,
+                 in_channels: int,
+                 out_channels: int,
+                 kernel_size: int | Sequence[int],
+                 stride: int | Sequence[int] = 1,
+                 padding: int | str | Sequence[int] = 0,
+                 dilation: int | Sequence[int] = 1,
+                 groups: int = 1,
+                 bias: bool = True,
+                 dropout_p: float = 0.05,
+                 eps: float = 1e-5,
+                 impl: str = 'auto',
+                 activation: str | None = None,
+                 *,
+                 padding_mode: str = 'zeros',
+                 device=None,
+                 dtype=None) -> None:
+        if padding_mode != 'zeros':
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}; pad the "
+                             'input before the layer instead')
+        for name, count in (('in_channels', in_channels), ('out_channels', out_channels),
+                            ('groups', groups)):
+            check_count(name, count)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f'in_channels={in_channels} and out_channels={out_channels} must '
+                             f'be divisible by groups={groups}')
+        _check(dropout_p, eps, impl)
+        if activation not in (None, 'relu'):
+            raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f'dtype must be floating point, got {dtype}')
+        make_geometry(kernel_size, stride, padding, dilation)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation,
+                         groups, bias, device=device, dtype=dtype)
+        self.dropout_p = dropout_p
+        self.eps = eps
+        self.impl = impl
+        self.activation = activation
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``residual``, if given, is added to the output."""
+        output = ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
+                               self.dilation, self.groups, self.dropout_p, self.training,
+                               self.eps, self.impl, activation=self.activation,
+                               residual=residual, return_moments=self.keep_moments)
+        if self.keep_moments:
+            output, *self.moments = output
+        return output
+
+    def extra_repr(self) -> str:
+        return (f'{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}'
+                + ('' if self.activation is None else f', activation={self.activation!r}')
+                + _impl_repr(self.impl))

@@ -1,0 +1,98 @@
+"""Results in documentation and metafiles: from which runs they come."""
+import csv
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import mmengine
+import pytest
+from mmengine.config.utils import _get_cfg_metainfo
+from mmengine.hub import get_config
+from mmengine.infer import BaseInferencer
+from pages import PAGES
+from program import ROOT
+
+
+@pytest.fixture(scope='module')
+def measured():
+    """'mean ± std, of each seed' of every group of runs in docs/benchmarks."""
+    groups = {}
+    for path in ROOT.glob('docs/benchmarks/*.csv'):
+        with open(path, newline='') as file:
+            for row in csv.DictReader(file):
+                result = row.get('mIoU') or row.get('accuracy')
+                if result and 'seed' in row:
+                    settings = {key: value for key, value in row.items() if key in (
+                        'config', 'batch_size', 'lr', 'iterations', 'data', 'norm', 'clip_grad',
+                        'net', 'target_epsilon', 'noise_multiplier')}
+                    groups.setdefault((path, *settings.values()), []).append(float(result))
+    return {f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}, '
+            + ', '.join(f'{value:.1f}' for value in values)
+            for values in groups.values() if len(values) > 1}
+
+
+def test_results_of_seeds_are_those_of_the_runs(measured):
+    found = [f'{summary}, {values}' for page in PAGES for summary, values in re.findall(
+        r'(\d+\.\d ± \d+\.\d)\**(?: \| | \()(\d+\.\d(?:, \d+\.\d)+)',
+        ' '.join(page.read_text().split()))]
+    assert len(found) > 30
+    assert not [row for row in found if row not in measured]
+
+
+@pytest.fixture(scope='module')
+def models():
+    return list(BaseInferencer._get_models_from_metafile(str(ROOT)))
+
+
+def test_each_config_is_in_one_metafile(models):
+    configs = [p.relative_to(ROOT).as_posix() for p in ROOT.glob('configs/[!_]*/*.py')]
+    assert sorted(model['Config'] for model in models) == sorted(configs)
+    assert all(Path(model['Config']).stem == model['Name'] for model in models)
+    for imported in mmengine.load(ROOT / 'model-index.yml')['Import']:
+        meta = mmengine.load(ROOT / imported)
+        collection, = meta['Collections']
+        assert (ROOT / collection['README']).is_file()
+        for model in meta['Models']:
+            assert model['In Collection'] == collection['Name']
+            assert Path(model['Config']).parent == Path(imported).parent
+
+
+def test_mmengine_reads_them(models, tmp_path, monkeypatch):
+    (tmp_path / '.mim').symlink_to(ROOT)  # where a package keeps them
+    for model in models:
+        name = model['Config'].removeprefix('configs/')
+        assert _get_cfg_metainfo(str(tmp_path), name) == model
+    hub = sys.modules['mmengine.hub.hub']
+    monkeypatch.setattr(hub, 'install_package', lambda name: None)
+    monkeypatch.setattr(hub, 'get_installed_path', lambda name: str(tmp_path))
+    cfg = get_config('mmseg::fcn/fcn_knr18-d8_4xb2-40k_cityscapes-512x1024.py')
+    assert cfg.model.backbone.depth == 18
+
+
+def test_figures_of_metafiles_are_measured(models):
+    """By runs of docs/benchmarks, or by make demo as the README has it."""
+    runs = {}
+    with open(ROOT / 'docs/benchmarks/camvid_norms_cpu.csv', newline='') as file:
+        for row in csv.DictReader(file):
+            runs.setdefault(row['config'], []).append(float(row['mIoU'] or 'nan'))
+    results = {m['Name']: m['Results']['Metrics']['mIoU'] for m in models if 'Results' in m}
+    assert len(results) > 1
+    for name, miou in results.items():
+        if f'{name}, as shipped' in runs:
+            assert miou == round(statistics.mean(runs[f'{name}, as shipped']), 1), name
+        else:
+            assert name in (ROOT / 'Makefile').read_text(), name
+            assert f'{miou} mIoU' in (ROOT / 'README.md').read_text(), name
+
+
+@pytest.mark.parametrize('folder', ['deeplabv3', 'fcn'])
+def test_tables_of_configs(models, folder):
+    text = (ROOT / 'configs' / folder / 'README.md').read_text()
+    mine = [m for m in models if m['Config'].startswith(f'configs/{folder}/')]
+    links = re.findall(r'\(([\w-]+)\.py\)', text)
+    assert sorted(links) == sorted(m['Name'] for m in mine)
+    for row in re.findall(r'^\|.*\[config\].*$', text, re.M):
+        figures = [float(cell) for cell in row.split('|') if re.fullmatch(r' \d+\.\d+ ', cell)]
+        assert figures == [m['Results']['Metrics']['mIoU'] for m in mine
+                           if 'Results' in m and f'({m["Name"]}.py)' in row], row

@@ -1,0 +1,114 @@
+"""What compilers and exporters make of the ops: torch.compile, torch.export, triton.
+
+ONNX and whole segmentors: test_deployment.py.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmseg_kn import KNConv2d, KNResNet
+from mmseg_kn.ops import closed_form
+
+ROOT = Path(__file__).resolve().parent.parent
+DYNAMIC = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+
+
+def backbone(depth=18):
+    torch.manual_seed(0)
+    return KNResNet(depth, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), zero_init_residual=False)
+
+
+def outputs_and_gradients(call, net, x):
+    torch.manual_seed(3)  # of the dropout
+    net.zero_grad()
+    outs = call(x)
+    sum(y.square().mean() for y in outs).backward()
+    return [y.detach() for y in outs] + [p.grad.clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_torch_compile_trains_the_same_without_graph_break(depth):
+    net, x = backbone(depth), torch.rand(2, 3, 32, 48)
+    compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
+    for a, b in zip(outputs_and_gradients(compiled, net, x), outputs_and_gradients(net, net, x),
+                    strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('impl', ['fused', 'triton'])
+def test_torch_compile_of_each_implementation(impl):
+    if impl == 'triton':
+        pytest.importorskip('triton')
+    layers = torch.nn.Sequential(
+        KNConv2d(3, 8, 3, padding=(1, 0, 1, 0), activation='relu', impl=impl),
+        KNConv2d(8, 5, 1, impl=impl))
+    x = torch.rand(1, 3, 9, 8)
+    if impl == 'triton' and torch.cuda.is_available():
+        layers, x = layers.cuda(), x.cuda()
+    compiled = torch.compile(layers, backend='aot_eager', fullgraph=True)
+    for a, b in zip(outputs_and_gradients(lambda x: [compiled(x)], layers, x),
+                    outputs_and_gradients(lambda x: [layers(x)], layers, x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torch_compile_evaluates_the_same_at_every_size():
+    net = KNResNet(18, out_indices=(0, 1)).eval()
+    compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
+    with torch.no_grad():
+        for size in ((32, 48), (40, 75)):
+            x = torch.rand(1, 3, *size)
+            for a, b in zip(compiled(x), net(x), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_opcheck():
+    """torch's own checks of a custom operator: schema, fake tensors, autograd registration."""
+    x, weight, bias, residual = (torch.randn(shape, requires_grad=True) for shape in (
+        (2, 4, 6, 5), (3, 4, 2, 2), (3, ), (2, 3, 5, 4)))
+    dropped = closed_form.fused.draw(x.detach(), 0.1)
+    for args in ((x, weight, bias, residual, dropped, [1, 1], [0, 0], [1, 1], 1, 0.1, True, 1e-5,
+                  False, 'fused'),
+                 (x, weight, None, None, None, [2, 1], [1, 1], [1, 2], 1, 0.0, False, 1e-5, True,
+                  'fused'),
+                 (x.bfloat16(), weight, bias, None, dropped, [1, 1], [0, 0], [1, 1], 1, 0.1, True,
+                  1e-5, False, 'fused')):
+        torch.library.opcheck(closed_form._kn_conv2d, args,
+                              test_utils=('test_schema', 'test_autograd_registration',
+                                          'test_faketensor'))
+    torch.library.opcheck(closed_form._unit_moments,
+                          (x, dropped, [2, 1], [1, 1], 0.1, True, 1e-5, 'fused'),
+                          test_utils=('test_schema', 'test_autograd_registration',
+                                      'test_faketensor'))
+
+
+def test_export_of_the_backbone_with_dynamic_size():
+    net = backbone().eval()
+    program = torch.export.export(net, (torch.rand(1, 3, 64, 96), ), dynamic_shapes=(DYNAMIC, ))
+    assert not any('mmseg_kn' in str(node.target) for node in program.graph.nodes)
+    for size in ((64, 96), (131, 75)):
+        x = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            for a, b in zip(program.module()(x), net(x), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    pytest.importorskip('triton')
+    env = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
+    report = subprocess.run([sys.executable, ROOT / 'tools/dev/compile_kernels.py'], env=env,
+                            capture_output=True, text=True, check=True).stdout
+    print(report)
+    rows = [line.split() for line in report.splitlines()[1:]]
+    assert {row[4] for row in rows} == {'80', '90'} and len(rows) == 58
+    assert all(row[-1] == '0' for row in rows), 'a kernel spills registers'
+
+
+def test_import_loads_no_triton_and_starts_no_gpu():
+    code = ('import sys, torch, mmseg_kn; mmseg_kn.KNConv2d(3, 4, 1)(torch.rand(1, 3, 2, 2));'
+            'assert "mmseg_kn.ops.triton_kernels" not in sys.modules;'
+            'assert not torch.cuda.is_initialized()')
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,0 +1,235 @@
+"""Times whole training and inference steps of models, config against config, interleaved.
+
+Images and labels are random and on the device already: what is measured is the model, its loss
+and its optimizer, not the data pipeline. The multiply-adds are those of the backbone's
+convolutions for one image. Saved is what a training step keeps for its backward pass. Peak memory
+is on a GPU what a step takes above what was there before, weights and momentum; on the CPU that of
+the whole process, given for one config alone. Private configs clip each sample and add noise as in
+training.
+
+    python tools/benchmarks/benchmark_train.py \
+        configs/deeplabv3/deeplabv3_knr18-d8_1xb2-400_camvid-160x160.py \
+        configs/deeplabv3/deeplabv3_r18-d8_1xb2-400_camvid-160x160.py --shape 256 512
+"""
+import argparse
+import csv
+import logging
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.structures import PixelData
+from mmengine.utils import import_modules_from_strings
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
+
+# isort: split
+from benchmark_knconv import device_name, saved_bytes, versions
+from mmengine.optim import build_optim_wrapper
+from mmseg.apis import init_model
+from mmseg.structures import SegDataSample
+from torch.profiler import ProfilerActivity, profile
+
+from mmseg_kn.engine.channels_last_hook import use_channels_last
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', help='ratios are to the last one')
+    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), default=(512, 1024),
+                        help='crop size (%(default)s)')
+    parser.add_argument('--batch-size', type=int, default=2, help='images per step (%(default)s)')
+    parser.add_argument('--rounds', type=int, default=11, help='(%(default)s)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--amp', action='store_true', help='train under AmpOptimWrapper, bfloat16')
+    parser.add_argument('--channels-last', action='store_true', help='as ChannelsLastHook has it')
+    parser.add_argument('--profile', type=int, default=0, metavar='OPS',
+                        help='print how a training step divides among so many operators')
+    parser.add_argument('--out', help='CSV to write')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        help='override settings of every config')
+    args = parser.parse_args()
+    args.device = torch.device(args.device)
+    if args.rounds < 3:
+        parser.error(f'--rounds must be at least 3, got {args.rounds}')
+    return args
+
+
+class Contender:
+    """A config's model with its optimizer, and one batch."""
+
+    def __init__(self, path: str, args: argparse.Namespace) -> None:
+        self.name = Path(path).stem
+        cfg = Config.fromfile(path)
+        if args.cfg_options is not None:
+            cfg.merge_from_dict(args.cfg_options)
+        # training crops are sized already
+        cfg.model.data_preprocessor.size = tuple(args.shape)
+        cfg.model.test_cfg = dict(mode='whole')
+        self.model = init_model(cfg, device=args.device)
+        if args.channels_last:
+            use_channels_last(self.model)
+        wrapper = dict(cfg.optim_wrapper)
+        if args.amp:
+            wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
+        import_modules_from_strings(**cfg.custom_imports)
+        private = wrapper['type'] == 'DPOptimWrapper'
+        if private:
+            wrapper.update(target_epsilon=None, noise_multiplier=1.0)
+        self.wrapper = build_optim_wrapper(self.model, wrapper)
+        if private:
+            self.wrapper.attach(self.model, sample_rate=0.01, batch_size=args.batch_size,
+                                steps=1, num_items=100 * args.batch_size)
+        self.autocast = partial(torch.autocast, args.device.type, torch.bfloat16,
+                                enabled=args.amp)
+        classes = self.model.decode_head.num_classes
+        generator = torch.Generator().manual_seed(0)
+        samples = []
+        for _ in range(args.batch_size):
+            labels = torch.randint(classes, (1, *args.shape), generator=generator)
+            sample = SegDataSample(gt_sem_seg=PixelData(data=labels.to(args.device)))
+            sample.set_metainfo(dict(img_shape=args.shape, ori_shape=args.shape,
+                                     pad_shape=args.shape))
+            samples.append(sample)
+        images = [torch.randint(256, (3, *args.shape), dtype=torch.uint8, generator=generator)
+                  .to(args.device) for _ in samples]
+        self.batch = dict(inputs=images, data_samples=samples)
+
+    def train(self) -> None:
+        self.model.train()
+        self.model.train_step(self.batch, self.wrapper)
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        self.model.eval()
+        data = self.model.data_preprocessor(self.batch, training=True)
+        with self.autocast():
+            self.model(data['inputs'], mode='tensor')
+
+    def saved_mib(self) -> float:
+        """Kept for the backward pass of a training step."""
+        data = self.model.train().data_preprocessor(self.batch, training=True)
+
+        def loss(inputs):
+            with self.autocast():
+                return self.model.parse_losses(
+                    self.model.loss(inputs, data['data_samples']))[0]
+
+        return saved_bytes(self.model, data['inputs'], loss) / 2**20
+
+    def multiply_adds(self) -> float:
+        """Of the backbone's convolutions for one image, in 10 ** 9."""
+        self.model.eval()
+        image = self.model.data_preprocessor(self.batch, training=True)['inputs'][:1]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.model.backbone(image)
+        return counter.get_total_flops() / 2e9
+
+
+def timed(call, device: torch.device) -> tuple[float, float | None]:
+    """Seconds, and the peak of memory in MiB, None where it is not known."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    call()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        return seconds, (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return time.perf_counter() - start, None
+
+
+def times_of_operators(contender: Contender, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds in a training step of each kernel on a GPU, of each operator on the CPU.
+
+    An operator's time is without that of the operators it calls.
+    """
+    gpu, steps = args.device.type == 'cuda', 3
+    contender.train()  # after another's steps the first is not like the others
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            contender.train()
+        if gpu:
+            torch.cuda.synchronize(args.device)
+    kind = 'device' if gpu else 'cpu'
+    return {event.key: getattr(event, f'self_{kind}_time_total') / 1e3 / steps
+            for event in profiler.key_averages() if not event.is_user_annotation}
+
+
+def print_profile(contenders: list[Contender], args: argparse.Namespace) -> None:
+    columns = [times_of_operators(contender, args) for contender in contenders]
+    names = sorted(set().union(*columns), key=lambda name: -max(c.get(name, 0) for c in columns))
+    shown, rest = names[:args.profile], names[args.profile:]
+    rows = [(name, [c.get(name, 0) for c in columns]) for name in shown]
+    rows += [(f'{len(rest)} others', [sum(c.get(name, 0) for name in rest) for c in columns]),
+             ('all', [sum(c.values()) for c in columns])]
+    print('\ntraining step, ms in each operator, configs in the order above')
+    for name, values in rows:
+        print(f'{name[:50]:50}' + ''.join(f'{value:10.1f}' for value in values))
+
+
+def main() -> None:
+    args = parse_args()
+    logging.disable(logging.INFO)  # mmengine's line for every initialised weight
+    contenders = [Contender(path, args) for path in args.configs]
+    setting = dict(device=device_name(args.device), **versions())
+    print(', '.join(f'{name} {value}' for name, value in setting.items())
+          + f', batch {args.batch_size}, {args.shape[0]} x {args.shape[1]}'
+          + (', bfloat16 AMP' if args.amp else '')
+          + (', channels_last' if args.channels_last else ''))
+    samples = {}
+    for i in range(args.rounds + 2):
+        for mode in ('train', 'infer'):
+            for j, contender in enumerate(contenders):
+                sample = timed(getattr(contender, mode), args.device)
+                if i >= 2:
+                    samples.setdefault((j, mode), []).append(sample)
+    rows = []
+    for j, contender in enumerate(contenders):
+        macs, saved = contender.multiply_adds(), contender.saved_mib()
+        for mode in ('train', 'infer'):
+            times = [s[0] for s in samples[j, mode]]
+            low, _, _, high = statistics.quantiles(times, n=5, method='inclusive')
+            median = statistics.median(times)
+            base = statistics.median(s[0] for s in samples[len(contenders) - 1, mode])
+            peak = samples[j, mode][-1][1]
+            if peak is None and len(contenders) == 1:
+                import resource  # which Windows lacks
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            rows.append(dict(config=contender.name, step=mode, **setting, batch=args.batch_size,
+                             height=args.shape[0], width=args.shape[1],
+                             dtype='bfloat16 AMP' if args.amp else 'float32',
+                             layout='channels_last' if args.channels_last else 'channels_first',
+                             median_ms=f'{median * 1e3:.1f}', p20_ms=f'{low * 1e3:.1f}',
+                             p80_ms=f'{high * 1e3:.1f}',
+                             images_per_s=f'{args.batch_size / median:.3f}',
+                             saved_mib=f'{saved:.0f}' if mode == 'train' else '',
+                             peak_mib='' if peak is None else f'{peak:.0f}',
+                             backbone_gmacs=f'{macs:.2f}', ratio=f'{median / base:.3f}'))
+    width = max(len(row['config']) for row in rows)
+    print(f'{"config":{width}}  step   median ms (20 .. 80 %)     images/s  saved MiB  peak MiB  '
+          'backbone GMAC  ratio')
+    for row in rows:
+        spread = f'{row["median_ms"]} ({row["p20_ms"]} .. {row["p80_ms"]})'
+        print(f'{row["config"]:{width}}  {row["step"]:5}  {spread:25} {row["images_per_s"]:>9} '
+              f'{row["saved_mib"] or "-":>10} {row["peak_mib"] or "-":>9} '
+              f'{row["backbone_gmacs"]:>14} {row["ratio"]:>6}')
+    if args.out:
+        with open(args.out, 'w', newline='') as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f'written to {args.out}')
+    if args.profile:
+        print_profile(contenders, args)
+
+
+if __name__ == '__main__':
+    main()

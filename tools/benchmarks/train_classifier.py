@@ -1,0 +1,328 @@
+"""Trains small image classifiers without mmpretrain: normalization against normalization.
+
+DATA is a folder, train/CLASS/*.png and val/CLASS/*.png, or the word `digits`: the handwritten
+digits that scikit-learn ships, enlarged from 8 x 8 to 32 x 32, the first half for training and the
+second, mostly by other writers, for validation. Each combination of --norms, --batch-sizes and
+--seeds is a run of mmengine's Runner in a folder of its own, whose name ends in a hash of all its
+settings and of the data; finished runs are kept.
+
+    python tools/benchmarks/train_classifier.py digits --low-resolution --crop-padding 4 \\
+        --csv digits.csv
+
+KN is KNResNet in the authors' geometry for classification; BN, GN (32 groups) and LN (one group)
+are mmseg's ResNetV1c, for low resolution ResNet. The recipe is the authors' for CIFAR-100 at depth
+18, shortened: SGD with momentum 0.9 and weight decay 5e-4; the learning rate falls along a cosine
+to a hundredth and begins with KN 0.05, BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN
+0.00078125 at batch 2 (other batch sizes: in proportion to the nearest of the two; other depths:
+--lr). For LN, which they do not give, it is GN's. KN takes images in [0, 1], the others shifted
+and scaled by the training set's mean and standard deviation.
+
+The checkpoint's keys are mmpretrain's. But for --low-resolution, whose stem is another, it
+initialises a segmentor's backbone, in config or --cfg-options:
+init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.').
+"""
+import argparse
+import csv
+import hashlib
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.dataset import DefaultSampler
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel, ImgDataPreprocessor
+from mmengine.runner import Runner, set_random_seed
+from torch import nn
+from torch.utils.data import Dataset, default_collate
+
+import mmseg_kn
+
+# isort: split
+from mmseg.models.backbones import ResNet, ResNetV1c
+
+NORM_CFGS = dict(BN=dict(type='BN'), GN=dict(type='GN', num_groups=32),
+                 LN=dict(type='GN', num_groups=1))
+LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
+                  ('LN', 2): 0.0015625,
+                  ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025, ('LN', 32): 0.025}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', help='a folder, or digits')
+    parser.add_argument('--norms', nargs='+', choices=('KN', *NORM_CFGS),
+                        default=['KN', 'BN', 'GN'])
+    parser.add_argument('--batch-sizes', nargs='+', type=int, default=[2, 32])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--epochs', type=int, default=5, help='(%(default)s)')
+    parser.add_argument('--lr', type=float, help='for every run, in place of the above')
+    parser.add_argument('--crop-padding', type=int, default=0, metavar='PIXELS',
+                        help='training: pad by so many and crop at random')
+    parser.add_argument('--flip', action='store_true', help='training: flip at random')
+    parser.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients')
+    parser.add_argument('--zero-init-residual', action='store_true',
+                        help='start residual blocks as identity')
+    parser.add_argument('--depth', type=int, default=18, choices=(18, 34, 50))
+    parser.add_argument('--low-resolution', action='store_true',
+                        help='stem for small images: 3x3, stride 1, no pool')
+    parser.add_argument('--work-dir', default='work_dirs/classifier', help='(%(default)s)')
+    parser.add_argument('--csv', help='file to write results to, one line a run')
+    args = parser.parse_args()
+    if min(args.epochs, *args.batch_sizes) < 1 or args.crop_padding < 0:
+        parser.error('epochs and batch sizes must be positive, crop padding not negative')
+    if args.depth != 18 and args.lr is None:
+        parser.error('depths 34 and 50 need --lr')
+    if args.data != 'digits' and not Path(args.data, 'train').is_dir():
+        parser.error(f'no folder {args.data}/train; name a folder with train/CLASS/*.png and '
+                     'val/CLASS/*.png (tools/benchmarks/street_crops.py makes one), or '
+                     'digits')
+    return args
+
+
+class Images(Dataset):
+    """Images (3, H, W) uint8 with labels.
+
+    Args:
+        images: Arrays (H, W, 3) RGB, or paths.
+        labels: A class index each.
+        crop_padding: Pad by so many zeros and crop to the old size at random.
+        flip: Flip every second image, at random, left to right.
+    """
+
+    metainfo = {}  # the Runner warns of a dataset without
+
+    def __init__(self, images, labels, crop_padding: int = 0, flip: bool = False) -> None:
+        self.images, self.labels = images, labels
+        self.crop_padding, self.flip = crop_padding, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        image = self.images[index]
+        if isinstance(image, Path):
+            path, image = image, cv2.imread(str(image))
+            if image is None:
+                raise ValueError(f'{path} is damaged')
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        h, w = image.shape[:2]
+        if self.crop_padding:
+            image = np.pad(image, (*[(self.crop_padding, self.crop_padding)] * 2, (0, 0)))
+            top, left = np.random.randint(2 * self.crop_padding + 1, size=2)
+            image = image[top:top + h, left:left + w]
+        if self.flip and np.random.rand() < .5:
+            image = image[:, ::-1]
+        image = np.ascontiguousarray(image.transpose(2, 0, 1))
+        return dict(inputs=torch.from_numpy(image), data_samples=self.labels[index])
+
+
+def load(args: argparse.Namespace) -> tuple[Images, Images, list[str]]:
+    """Training set, validation set, names of the classes."""
+    if args.data == 'digits':
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError:
+            raise SystemExit('the digits come with scikit-learn: pip install scikit-learn'
+                             ) from None
+        digits = load_digits()
+        images = [cv2.resize((i * (255 / 16)).astype(np.uint8), (32, 32)) for i in digits.images]
+        images = [np.repeat(i[..., None], 3, axis=2) for i in images]
+        labels, half = digits.target.tolist(), len(images) // 2
+        train, val = (images[:half], labels[:half]), (images[half:], labels[half:])
+        classes = [str(name) for name in digits.target_names]
+    else:
+        classes = sorted(p.name for p in Path(args.data, 'train').iterdir() if p.is_dir())
+        unknown = {p.name for p in Path(args.data, 'val').glob('*') if p.is_dir()} - {*classes}
+        if unknown:
+            raise SystemExit(f'{args.data}/val has classes that {args.data}/train has not: '
+                             f'{sorted(unknown)}')
+        train, val = (find(Path(args.data, split), classes) for split in ('train', 'val'))
+    train, val = Images(*train, args.crop_padding, args.flip), Images(*val)
+    size = train[0]['inputs'].shape[1:]
+    needed = build_backbone('KN', args).min_size
+    if min(size) < needed:
+        raise SystemExit(f'images of {size[0]} x {size[1]} pixels are too small for the stem of '
+                         f'ImageNet, which needs {needed}: --low-resolution')
+    return train, val, classes
+
+
+def digest(*sets: Images) -> str:
+    """Changes with the names, sizes and labels of the images."""
+    names = [(str(image.relative_to(image.parents[2])), image.stat().st_size, label)
+             if isinstance(image, Path) else (image.tobytes().hex(), label)
+             for images in sets
+             for image, label in zip(images.images, images.labels, strict=True)]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+
+
+def find(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
+    """The images of a split, and their classes."""
+    found = [(path, i) for i, name in enumerate(classes)
+             for path in sorted((folder / name).glob('*.png'))]
+    if not found:
+        raise SystemExit(f'no images *.png in the folders of classes in {folder}')
+    images, labels = zip(*found, strict=True)
+    return images, labels
+
+
+def moments(images: Images, most: int = 2000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of evenly chosen images."""
+    images = Images(images.images, images.labels)
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
+    stack = torch.stack([images[i]['inputs'] for i in chosen]).double()
+    return stack.mean((0, 2, 3)).tolist(), stack.std((0, 2, 3)).tolist()
+
+
+class Classifier(BaseModel):
+    """Backbone, global average pooling, linear layer; keys as mmpretrain's ImageClassifier."""
+
+    def __init__(self, backbone: nn.Module, num_classes: int, mean, std) -> None:
+        super().__init__(ImgDataPreprocessor(mean, std))
+        self.backbone = backbone
+        self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.feat_dim, num_classes)))
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        logits = self.head['fc'](self.backbone(inputs)[-1].mean((2, 3)))
+        if mode == 'loss':
+            return dict(loss=F.cross_entropy(logits, data_samples))
+        if mode == 'predict':
+            return list(zip(logits.argmax(1).tolist(), data_samples.tolist(), strict=True))
+        return logits
+
+
+class Accuracy(BaseMetric):
+    """Share of images whose class is predicted, in percent."""
+
+    default_prefix = 'accuracy'
+
+    def process(self, data_batch, data_samples) -> None:
+        self.results.extend(prediction == label for prediction, label in data_samples)
+
+    def compute_metrics(self, results) -> dict:
+        return dict(top1=100 * sum(results) / len(results))
+
+
+def build_backbone(norm: str, args: argparse.Namespace) -> nn.Module:
+    if norm == 'KN':
+        return mmseg_kn.KNResNetCls(args.depth, low_resolution=args.low_resolution,
+                                    zero_init_residual=args.zero_init_residual)
+    kind = ResNet if args.low_resolution else ResNetV1c  # whose stem segmentors have
+    backbone = kind(depth=args.depth, out_indices=(3, ), norm_cfg=NORM_CFGS[norm], norm_eval=False,
+                    zero_init_residual=args.zero_init_residual)
+    if args.low_resolution:
+        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+def run(args: argparse.Namespace, sets, settings: dict, folder: Path) -> float:
+    """Trains and validates; returns the accuracy at the end."""
+    norm, batch_size, seed, lr = (settings[k] for k in ('norm', 'batch_size', 'seed', 'lr'))
+    train, val, classes = sets
+    set_random_seed(seed)
+    mean, std = ([0.] * 3, [255.] * 3) if norm == 'KN' else moments(train)
+    iterations = -(-len(train) // batch_size) * args.epochs
+
+    def loader(dataset, batch_size, shuffle):
+        return dict(dataset=dataset, batch_size=batch_size, num_workers=0,
+                    sampler=dict(type=DefaultSampler, shuffle=shuffle),
+                    collate_fn=default_collate)
+
+    runner = Runner(
+        Classifier(build_backbone(norm, args), len(classes), mean, std),
+        work_dir=str(folder),
+        experiment_name=f'{folder.name}_{time.time_ns()}',
+        train_dataloader=loader(train, batch_size, True),
+        val_dataloader=loader(val, 32, False),
+        train_cfg=dict(by_epoch=True, max_epochs=args.epochs),
+        val_cfg=dict(),
+        val_evaluator=[Accuracy()],
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=lr, momentum=.9, weight_decay=5e-4),
+            clip_grad=args.clip_grad and dict(max_norm=args.clip_grad)),
+        param_scheduler=dict(type='CosineAnnealingLR', T_max=iterations, eta_min=lr / 100,
+                             by_epoch=False),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=args.epochs,
+                                           save_optimizer=False)),
+        randomness=dict(seed=seed))
+    runner.train()
+    return runner.message_hub.get_scalar('val/accuracy/top1').current()
+
+
+def initial_lr(norm: str, batch_size: int) -> float:
+    nearest = 2 if batch_size < 8 else 32
+    return LEARNING_RATES[norm, nearest] * batch_size / nearest
+
+
+def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: int) -> dict:
+    """Runs, unless it was run before; returns settings and accuracy."""
+    settings = dict(
+        data=f'{Path(args.data).name}-{digest(*sets[:2])}', depth=args.depth,
+        low_resolution=args.low_resolution, norm=norm, batch_size=batch_size, seed=seed,
+        epochs=args.epochs,
+        lr=args.lr if args.lr is not None else initial_lr(norm, batch_size),
+        crop_padding=args.crop_padding, flip=args.flip, clip_grad=args.clip_grad,
+        zero_init_residual=args.zero_init_residual)
+    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    folder = Path(args.work_dir, f'{norm}{args.depth}_b{batch_size}_s{seed}-{digits}')
+    file = folder / 'result.json'
+    checkpoint = folder / f'epoch_{args.epochs}.pth'
+    if file.exists():
+        result = json.loads(file.read_text())
+        print(f'{checkpoint}: {result["accuracy"]:.1f} % (kept)')
+        return result
+    start = time.time()
+    accuracy = run(args, sets, settings, folder)
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+              f'CPU, {torch.get_num_threads()} threads')
+    result = dict(settings, accuracy=round(accuracy, 2), seconds=round(time.time() - start),
+                  torch=torch.__version__, device=device)
+    part = file.with_suffix('.part')
+    part.write_text(json.dumps(result))
+    part.replace(file)
+    print(f'{checkpoint}: {accuracy:.1f} %')
+    return result
+
+
+def report(results: list[dict]) -> None:
+    """Prints mean and standard deviation over the seeds, in Markdown."""
+    print('\n| | batch size | learning rate | accuracy, % | of each seed |\n|---|---|---|---|---|')
+    groups = {}
+    for r in results:
+        groups.setdefault((r['norm'], r['batch_size'], r['lr']), []).append(r)
+    for (norm, batch_size, lr), runs in groups.items():
+        name = f'KNResNet-{runs[0]["depth"]}'
+        if norm != 'KN':
+            name = f'ResNet-{runs[0]["depth"]}, {norm}'
+        values = [r['accuracy'] for r in runs]
+        spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+        print(f'| {name} | {batch_size} | {lr:g} | {statistics.mean(values):.1f}{spread} | '
+              f'{", ".join(f"{v:.1f}" for v in values)} |')
+
+
+def main() -> None:
+    args = parse_args()
+    sets = load(args)
+    results = []
+    runs = list(itertools.product(args.norms, args.batch_sizes, args.seeds))
+    for i, (norm, batch_size, seed) in enumerate(runs):
+        print(f'[{i + 1}/{len(runs)}] {norm}, batch {batch_size}, seed {seed}')
+        results.append(result_of(args, sets, norm, batch_size, seed))
+        if args.csv:
+            Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+            with open(args.csv, 'w', newline='') as file:
+                writer = csv.DictWriter(file, results[0])
+                writer.writeheader()
+                writer.writerows(results)
+    report(results)
+
+
+if __name__ == '__main__':
+    main()
