@@ -19,6 +19,7 @@ from torch import Tensor
 from .._version import __version__
 from ..models.knresnet import Block, Transition
 from ..models.knresnet_cls import KNResNetClassifier
+from .diagnose import owner_of
 from .safe_load import load_from_local
 
 DEPTHS = (18, 34, 50)  # that norm-torch has
@@ -86,13 +87,14 @@ def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
         ValueError: The weights are those of another network.
     """
     keys = {str(name).removeprefix('module.') for name in state_dict}
-    if 'block0.0.weight' in keys:
+    owner = owner_of(keys)
+    if owner == 'norm-torch' and 'block0.0.weight' in keys:
         return min(DEPTHS, key=lambda depth: len(keys ^ _names(depth).keys()))
     remedy = "norm-torch's checkpoints of KNResNet-18, 34 and 50 can be converted"
-    if any(key.endswith('running_mean') for key in keys):
+    if owner == 'BatchNorm':
         raise ValueError('the weights have running statistics, so they are those of a BatchNorm '
                          f'network; only {remedy}')
-    if any(key.endswith('stem.weight') for key in keys):
+    if owner in ('segmentor', 'KNResNet'):
         raise ValueError('the weights are those of a KNResNet of mmseg_kn already; they need no '
                          'conversion')
     raise ValueError(f'no key block0.0.weight among {len(keys)}: {_few(list(state_dict))}; only '

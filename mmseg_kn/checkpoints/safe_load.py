@@ -15,6 +15,8 @@ import zipfile
 import numpy as np
 import torch
 
+from .diagnose import CONVERTER
+
 
 def setup() -> None:
     """Replaces each place where mmengine unpickles a checkpoint freely, or fails on its own.
@@ -87,7 +89,7 @@ def _load(name, read):
             if asked.endswith(' argparse.Namespace'):
                 raise ValueError(
                     f"{name} was refused: it holds a command line ({asked}), as norm-torch's "
-                    'checkpoints do; tools/model_converters/norm_torch2mmseg.py converts those'
+                    f'checkpoints do; {CONVERTER} converts those'
                 ) from None
             asked = shown(asked)
             raise ValueError(

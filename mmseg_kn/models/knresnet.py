@@ -6,7 +6,6 @@ models (repository norm-torch) are in knresnet_cls.py. Added here: depth 101, ex
 and outputs of every stage.
 """
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,33 +14,16 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ..checkpoints.diagnose import misfit
+from .knresnet_stages import ARCHS, NUM_STAGES, StageSpec, TransitionSpec, dense_stages
 from .layers import KernelNorm2d, KNConv2d
-
-
-class Arch(NamedTuple):
-    """A depth: what the stem and the four stages are made of."""
-
-    stem: int  # channels after the stem
-    channels: tuple[int, ...]  # of each stage's output
-    inner: tuple[int, ...]  # inside each stage's blocks
-    blocks: tuple[int, ...]
-    bottleneck: bool
-
-
-ARCHS = {
-    18: Arch(64, (64, 256, 512, 724), (256, 256, 512, 724), (2, 2, 1, 1), False),
-    34: Arch(64, (64, 256, 512, 512), (256, 320, 640, 843), (4, 5, 3, 2), False),
-    50: Arch(256, (256, 512, 810, 2048), (64, 128, 201, 512), (4, 5, 4, 2), True),
-    101: Arch(256, (256, 512, 810, 2048), (64, 128, 201, 512), (4, 5, 21, 2), True),
-}
-NUM_STAGES = 4
 
 
 class Block(nn.Module):
     """Pre-activation residual block: x + conv(relu(... conv(relu(x)))).
 
-    A 2x2 convolution that pads d on every side makes the map d larger; the last one, which
-    pads nothing, makes it d smaller again. d is the dilation.
+    A 2x2 convolution that pads d on every side makes the map d larger. The last one, which pads
+    nothing, makes it d smaller again. d is the dilation.
 
     Args:
         channels: Channels of input and output.
@@ -53,7 +35,7 @@ class Block(nn.Module):
         zero_init: Start the last convolution at zero, so that the block starts as identity.
     """
 
-    def __init__(self, channels: int, inner: int, kernels: tuple[int, ...], dilation: int,
+    def __init__(self, channels: int, inner: int, kernels: tuple[int, ...], dilation: int, *,
                  dropout_p: float, with_cp: bool, zero_init: bool) -> None:
         super().__init__()
         self.with_cp = with_cp
@@ -91,23 +73,18 @@ class Transition(nn.Module):
     Args:
         in_channels: Channels of the previous stage.
         out_channels: Channels of this stage.
-        kernel_size: 2, or 1 for the last stage of the bottleneck depths.
-        padding: Of the convolution, (left, right, top, bottom).
-        stride: Of the pool, 1 or 2.
-        dilation: Of the previous stage.
-        ceil_mode: Odd sizes round up, else down.
+        spec: Kernel, padding, stride and dilation.
         dropout_p: Of the convolution's statistics.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int,
-                 padding: tuple[int, ...], stride: int, dilation: int, ceil_mode: bool,
+    def __init__(self, in_channels: int, out_channels: int, spec: TransitionSpec, *,
                  dropout_p: float) -> None:
         super().__init__()
-        self.conv = KNConv2d(in_channels, out_channels, kernel_size, padding=padding,
-                             dilation=dilation, dropout_p=dropout_p)
-        self.stride = stride
-        self.dilation = dilation
-        self.ceil_mode = ceil_mode and stride != 1
+        self.conv = KNConv2d(in_channels, out_channels, spec.kernel_size, padding=spec.padding,
+                             dilation=spec.dilation, dropout_p=dropout_p)
+        self.stride = spec.stride
+        self.dilation = spec.dilation
+        self.ceil_mode = spec.ceil_mode and spec.stride != 1
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.relu(x))
@@ -121,55 +98,35 @@ class Trunk(BaseModule):
     """Stem and stages: what dense prediction and classification share.
 
     Args:
-        depth, in_channels, strides, dilations, frozen_stages, with_cp, dropout_p,
-            zero_init_residual, multi_grid, init_cfg: See :class:`KNResNet`.
-        num_stages: How many stages to build.
+        depth: Gives the stem's channels.
+        stages: What each stage is made of; the number of stages that are built.
+        in_channels, frozen_stages, with_cp, dropout_p, zero_init_residual, init_cfg: See
+            :class:`KNResNet`.
         low_resolution: Stem for small images: 3x3 with stride 1, no pool.
-        dense: Halves sizes rounding up, so that every position has its features. Else as in the
-            authors' classification models: rounds down and, for images that are not small, the
-            2x2 convolution that opens stage 4 pads one more on every side.
     """
 
-    def __init__(self, depth: int, in_channels: int, num_stages: int, strides: Sequence[int],
-                 dilations: Sequence[int], frozen_stages: int, with_cp: bool, dropout_p: float,
-                 zero_init_residual: bool, multi_grid: Sequence[int] | None,
-                 init_cfg: dict | None, low_resolution: bool = False,
-                 dense: bool = True) -> None:
+    def __init__(self, depth: int, stages: Sequence[StageSpec], *, in_channels: int,
+                 frozen_stages: int, with_cp: bool, dropout_p: float, zero_init_residual: bool,
+                 init_cfg: dict | None, low_resolution: bool = False) -> None:
         super().__init__(init_cfg)
-        arch = _check(depth, strides, dilations, frozen_stages, multi_grid)
+        if frozen_stages not in range(-1, NUM_STAGES + 1):
+            raise ValueError(f'frozen_stages must be in -1..{NUM_STAGES}, got {frozen_stages}')
         self.depth = depth
-        self.num_stages = num_stages
         self.frozen_stages = frozen_stages
-
-        if low_resolution:
-            self.stem = KNConv2d(in_channels, arch.stem, 3, padding=1, dropout_p=dropout_p)
-        else:
-            self.stem = KNConv2d(in_channels, arch.stem, 7, stride=2, padding=3,
-                                 dropout_p=dropout_p)
         self.stem_pool = not low_resolution
-        kernels = (2, 3, 2) if arch.bottleneck else (2, 2)
-        previous = arch.stem
-        for i in range(num_stages):
-            channels, inner, num_blocks = arch.channels[i], arch.inner[i], arch.blocks[i]
-            last = i == NUM_STAGES - 1
-            pointwise = arch.bottleneck and last
-            grid = multi_grid if multi_grid and last else [dilations[i]] * num_blocks
-            layers = []
-            if i > 0:
-                d = 0 if pointwise else dilations[i - 1]
-                padding = (0, d, 0, d) if i == 2 else (d, 0, d, 0)
-                if last and not (pointwise or low_resolution or dense):
-                    padding = tuple(p + 1 for p in padding)
-                layers.append(
-                    Transition(previous, channels, 1 if pointwise else 2, padding,
-                               stride=strides[i], dilation=dilations[i - 1],
-                               ceil_mode=dense, dropout_p=dropout_p))
-            layers += [
-                Block(channels, inner, (1, 3, 1) if pointwise else kernels, dilation, dropout_p,
-                      with_cp, zero_init_residual) for dilation in grid
-            ]
-            self.add_module(f'layer{i + 1}', nn.Sequential(*layers))
-            previous = channels
+        geometry = dict(kernel_size=3, padding=1) if low_resolution else dict(
+            kernel_size=7, stride=2, padding=3)
+        channels = ARCHS[depth].stem
+        self.stem = KNConv2d(in_channels, channels, dropout_p=dropout_p, **geometry)
+        self.stage_names = [f'layer{i + 1}' for i in range(len(stages))]
+        for name, spec in zip(self.stage_names, stages, strict=True):
+            layers = [] if spec.transition is None else [
+                Transition(channels, spec.channels, spec.transition, dropout_p=dropout_p)]
+            layers += [Block(spec.channels, spec.inner, spec.kernels, dilation,
+                             dropout_p=dropout_p, with_cp=with_cp, zero_init=zero_init_residual)
+                       for dilation in spec.dilations]
+            self.add_module(name, nn.Sequential(*layers))
+            channels = spec.channels
         self._freeze_stages()
 
     def forward_stem(self, x: Tensor) -> Tensor:
@@ -182,46 +139,14 @@ class Trunk(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        frozen = ['stem', *(f'layer{i + 1}' for i in range(self.num_stages))]
-        for name in frozen[:self.frozen_stages + 1]:
+        for name in ['stem', *self.stage_names][:self.frozen_stages + 1]:
             self.get_submodule(name).eval().requires_grad_(False)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # mmengine loads with strict=False: without this, the weights of another architecture
-        # are skipped with a log line and training silently starts from scratch.
         given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        own = self.state_dict()
-        # A stem for images of other channels may start anew; one of another kernel is no stem.
-        stem = given.get('stem.weight')
-        if stem is not None and stem.shape[2:] == self.stem.kernel_size:
-            given['stem.weight'] = own['stem.weight']
-        absent = [k for k, v in own.items() if k not in given or given[k].shape != v.shape]
-        if given and absent:
-            statistics = [k for k in given if k.endswith('running_mean')]
-            first = prefix + next(iter(given))
-            remedy = ('use a checkpoint of a KNResNet trained with mmseg_kn, or none, to train '
-                      'from scratch')
-            if statistics:
-                reason = (f'it has running statistics ({prefix}{statistics[0]}), so it is a '
-                          'BatchNorm network')
-            elif 'block0.0.weight' in given or 'model' in given:
-                reason = f'mmseg_kn does not name them so ({first})'
-                remedy = ('if it is one of norm-torch, tools/model_converters/norm_torch2mmseg.py '
-                          'converts it')
-            elif 'backbone.stem.weight' in given:
-                reason = f'it holds a whole model ({first})'
-                remedy = "take its backbone: init_cfg=dict(..., prefix='backbone.')"
-            elif not given.keys() & own.keys():
-                reason = f'none of its {len(given)} keys matches, e.g. {first}'
-            elif absent == ['stem.weight'] and stem is not None:
-                reason = (f'its stem has a kernel of {tuple(stem.shape[2:])}, that of '
-                          f'{self.stem.kernel_size} is needed')
-                remedy = 'low resolution and this network do not share a stem'
-            else:
-                reason = (f'{len(absent)} of {len(own)} weights are missing or of another shape, '
-                          f'e.g. {prefix}{absent[0]}')
+        if problem := misfit(given, self.state_dict(), self.stem.kernel_size, prefix):
             raise ValueError(f'this checkpoint does not hold weights of KNResNet-{self.depth}: '
-                             f'{reason}; {remedy}')
+                             f'{problem}')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -283,44 +208,26 @@ class KNResNet(Trunk):
                 i not in range(NUM_STAGES) for i in out_indices):
             raise ValueError(f'out_indices must be distinct stages in 0..{NUM_STAGES - 1}, got '
                              f'{out_indices}')
-        # No stage beyond the last output: its weights would get no gradient.
-        super().__init__(depth, in_channels, max(out_indices) + 1, strides, dilations,
-                         frozen_stages, with_cp, dropout_p, zero_init_residual, multi_grid,
-                         init_cfg)
+        stages = dense_stages(depth, strides, dilations, multi_grid)
+        # Stages beyond the last output are not built: their weights would get no gradient.
+        super().__init__(depth, stages[:max(out_indices) + 1], in_channels=in_channels,
+                         frozen_stages=frozen_stages, with_cp=with_cp, dropout_p=dropout_p,
+                         zero_init_residual=zero_init_residual, init_cfg=init_cfg)
         # Every window that follows divides by the stem's deviation. At fan out, which the authors
         # take everywhere, that is 0.3, and the first stage's gradients come out several times as
         # large as all others (docs/stability.md).
         nn.init.kaiming_normal_(self.stem.weight, mode='fan_in', nonlinearity='relu')
         self.out_indices = tuple(out_indices)
-        channels = ARCHS[depth].channels
-        self.feat_dim = channels[max(out_indices)]
+        self.feat_dim = stages[max(out_indices)].channels
         for i in out_indices:
-            self.add_module(f'norm{i + 1}', KernelNorm2d(channels[i], dropout_p=dropout_p))
+            self.add_module(f'norm{i + 1}',
+                            KernelNorm2d(stages[i].channels, dropout_p=dropout_p))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.forward_stem(x)
         outs = []
-        for i in range(self.num_stages):
-            x = self.get_submodule(f'layer{i + 1}')(x)
+        for i, name in enumerate(self.stage_names):
+            x = self.get_submodule(name)(x)
             if i in self.out_indices:
                 outs.append(F.relu(self.get_submodule(f'norm{i + 1}')(x)))
         return tuple(outs)
-
-
-def _check(depth, strides, dilations, frozen_stages, multi_grid) -> Arch:
-    if depth not in ARCHS:
-        raise ValueError(f'depth must be one of {tuple(ARCHS)}, got {depth}')
-    for name, values in (('strides', strides), ('dilations', dilations)):
-        if len(values) != NUM_STAGES or any(v < 1 for v in values):
-            raise ValueError(f'{name} must be {NUM_STAGES} positive ints, one for each stage, '
-                             f'got {values}')
-    if strides[0] != 1 or any(s > 2 for s in strides):
-        raise ValueError('strides must be 1 or 2, and 1 in the first stage (the stem already '
-                         f'divides by 4), got {strides}')
-    if frozen_stages not in range(-1, NUM_STAGES + 1):
-        raise ValueError(f'frozen_stages must be in -1..{NUM_STAGES}, got {frozen_stages}')
-    num_blocks = ARCHS[depth].blocks[-1]
-    if multi_grid is not None and len(multi_grid) != num_blocks:
-        raise ValueError(f'multi_grid must have one dilation for each of the {num_blocks} blocks '
-                         f"of depth {depth}'s last stage, got {multi_grid}")
-    return ARCHS[depth]

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .knresnet import ARCHS, NUM_STAGES, Trunk
+from .knresnet import Trunk
+from .knresnet_stages import ARCHS, classifier_stages
 from .layers import KernelNorm2d, KNConv2d
 
 TAIL_CHANNELS = 512
@@ -53,10 +54,12 @@ class KNResNetCls(Trunk):
                  dropout_p: float = 0.05,
                  zero_init_residual: bool = False,
                  init_cfg: dict | None = None) -> None:
-        super().__init__(depth, in_channels, NUM_STAGES, (1, 2, 2, 2), (1, 1, 1, 1),
-                         frozen_stages, with_cp, dropout_p, zero_init_residual, None, init_cfg,
-                         low_resolution=low_resolution, dense=False)
-        self.feat_dim = ARCHS[depth].channels[-1]
+        stages = classifier_stages(depth, low_resolution)
+        super().__init__(depth, stages, in_channels=in_channels, frozen_stages=frozen_stages,
+                         with_cp=with_cp, dropout_p=dropout_p,
+                         zero_init_residual=zero_init_residual, init_cfg=init_cfg,
+                         low_resolution=low_resolution)
+        self.feat_dim = stages[-1].channels
         # The smallest image that leaves the last stage, and the tail, a position.
         self.min_size = 8 if low_resolution else 29
         self.tail = None
@@ -73,8 +76,8 @@ class KNResNetCls(Trunk):
                              f'{self.min_size} pixels a side, got {tuple(x.shape[2:])}; enlarge '
                              'them' + (', or set low_resolution=True' if self.stem_pool else ''))
         x = self.forward_stem(x)
-        for i in range(NUM_STAGES):
-            x = self.get_submodule(f'layer{i + 1}')(x)
+        for name in self.stage_names:
+            x = self.get_submodule(name)(x)
         if self.tail is not None:
             x = self.tail(F.relu(F.max_pool2d(x, 2)))
         return (F.relu(self.norm(x)), )

@@ -5,7 +5,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.geometry import check_count, check_numbers, check_tensor, make_geometry
+from ..ops.checks import check_count, check_numbers, check_tensor
+from ..ops.geometry import make_geometry
 
 # Registered in mmengine's root registry: mmseg, mmdet and mmpretrain all find it from there.
 
@@ -114,11 +115,6 @@ class KNConv2d(nn.Conv2d):
         ValueError: An argument, or the input's shape or dtype, does not fit.
     """
 
-    # Per-sample gradients need the moments of the last forward: privacy/grad_sample.py sets
-    # keep_moments and takes them.
-    keep_moments = False
-    moments = None
-
     def __init__(self,
                  in_channels: int,
                  out_channels: int,
@@ -163,15 +159,13 @@ class KNConv2d(nn.Conv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual``, if given, is added to the output."""
-        output = ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
-                               self.dilation, self.groups, self.dropout_p, self.training,
-                               self.eps, self.impl, activation=self.activation,
-                               residual=residual, return_moments=self.keep_moments)
-        if self.keep_moments:
-            output, *self.moments = output
-        return output
+    def forward(self, input: Tensor, residual: Tensor | None = None,
+                return_moments: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """See :func:`mmseg_kn.ops.kn_conv2d` for ``residual`` and ``return_moments``."""
+        return ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
+                             self.dilation, self.groups, self.dropout_p, self.training,
+                             self.eps, self.impl, activation=self.activation,
+                             residual=residual, return_moments=return_moments)
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}'

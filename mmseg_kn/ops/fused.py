@@ -1,34 +1,20 @@
-"""The passes of kernel normalization in torch ops, for any device that knows float64.
+"""The passes (:mod:`.passes`) in torch operations, for any device that knows float64.
 
-On the CPU they walk through the tensor in chunks that stay in the cache, because there a
-full-size temporary costs ten times what is computed on it (its pages must first be mapped).
+On the CPU they walk through a tensor in the chunks of :mod:`.cpu_chunks`.
 """
 import math
-import threading
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu_chunks import by_chunk, is_eager_on_cpu, scratch_like
 from .geometry import Geometry
+from .memory_format import is_channels_last
+from .passes import MomentGrads, Moments, ScaledGrad, Shift
+from .precision import LIVE_ROUNDINGS, ORIGIN_CHANNELS, SMALL_DROPOUT, accumulate_dtype
 
-_CHUNK = 2**20  # elements
 _WIDE = 2**16  # elements of a sample that are worth a call of their own
-_FIRST = 16  # channels whose mean sums are taken around
-
-
-class Moments(NamedTuple):
-    """Statistics of the units, each (N, Ho, Wo)."""
-
-    mean: Tensor  # of the dropped input
-    rstd: Tensor  # (var + eps) ** -0.5
-    live: Tensor  # bool: the variance is above 0 and above its own rounding
-    plain: Tensor | None  # mean of the input itself, where dropout is on and it was asked for
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def box_sum(maps: Tensor, geometry: Geometry) -> Tensor:
@@ -64,21 +50,21 @@ def _every(maps: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
     return maps[tuple(index)]
 
 
-def draw(x: Tensor, p: float) -> Tensor:
+def draw_mask(x: Tensor, dropout_p: float) -> Tensor:
     """Positions of the elements that dropout takes out of the statistics, ascending.
 
-    Each element is dropped with probability ``p``, from torch's generator of ``x.device``. At
-    small p a list is 20 times shorter than a mask, and the gaps between dropped elements,
-    floor(log(u) / log(1 - p)) + 1 with u uniform, need as many fewer random numbers. The
-    length is fixed (8 sigma more than expected), so that it can be traced; entries that do not
-    fit are ``x.numel()``. Positions count through the chunks of :func:`_chunks` in order.
+    Each element is dropped with probability p = ``dropout_p``, by torch's generator of
+    ``x.device``. At small p a list is 20 times shorter than a mask, and the gaps between dropped
+    elements, floor(log(u) / log(1 - p)) + 1 with u uniform, need as many fewer random numbers.
+    The list's length is fixed (8 sigma more than expected), so that it can be traced; entries
+    that are too many are ``x.numel()``. Positions count through the chunks of
+    :mod:`.cpu_chunks` in order.
     """
     numel = x.numel()
-    count = int(numel * p + 8 * math.sqrt(numel * p)) + 32
-    # float32 knows u to 2 ** -24, which must be small beside p.
-    small = p < 1e-2
+    count = int(numel * dropout_p + 8 * math.sqrt(numel * dropout_p)) + 32
+    small = dropout_p < SMALL_DROPOUT
     u = torch.empty(count, dtype=torch.float64 if small else torch.float32, device=x.device)
-    gaps = u.uniform_(2.0**-25, 1).log_().mul_(1 / math.log1p(-p)).add_(1)
+    gaps = u.uniform_(2.0**-25, 1).log_().mul_(1 / math.log1p(-dropout_p)).add_(1)
     if small:
         gaps.clamp_(max=numel + 1)
     dtype = torch.int64 if small or numel >= 2**30 else torch.int32
@@ -86,99 +72,32 @@ def draw(x: Tensor, p: float) -> Tensor:
     return positions.int() if numel < 2**31 else positions
 
 
-def is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool,
+                  with_undropped: bool) -> Tensor:
+    """Sums over C of the kept elements and of their squares, (2, N, H, W).
 
-
-def _eager(x: Tensor) -> bool:
-    """On the CPU and neither traced nor faked: only then chunks and kept memory are for it."""
-    return (x.device.type == 'cpu' and type(x) in (Tensor, torch.nn.Parameter)
-            and not torch.jit.is_tracing() and not torch.compiler.is_compiling())
-
-
-def _chunks(x: Tensor) -> list[tuple[slice, slice]]:
-    """Samples and pixels (of H * W) of each chunk of (N, C, H, W)."""
-    n, c, h, w = x.shape
-    if not _eager(x) or x.numel() <= _CHUNK:
-        return [(slice(None), slice(None))]
-    if c * h * w <= _CHUNK:
-        step = _CHUNK // (c * h * w)
-        return [(slice(i, i + step), slice(None)) for i in range(0, n, step)]
-    parts = round(c * h * w / _CHUNK)
-    step = -(-h * w // (16 * parts)) * 16  # equal parts of whole cache lines
-    return [(slice(i, i + 1), slice(p, p + step)) for i in range(n) for p in range(0, h * w, step)]
-
-
-class _Scratch(threading.local):
-    """One chunk of memory for each thread, kept: mapping its pages costs more than using them."""
-
-    def __init__(self) -> None:
-        self.stores = {}
-
-    def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        if dtype not in self.stores or self.stores[dtype].numel() < count:
-            with torch.inference_mode(False):  # whose tensors later calls could not write to
-                self.stores[dtype] = torch.empty(max(count, _CHUNK + 1), dtype=dtype,
-                                                 device='cpu')  # whatever the default is
-        return self.stores[dtype][:count]
-
-
-_scratch = _Scratch()
-
-
-def _dense_like(chunk: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the (n, C, P) ``chunk`` in its order: flat with one element to spare, and as it.
-
-    Valid until the next call. Position ``chunk.numel()``, the spare one, may be written to.
-    """
-    dtype, (n, c, p) = accumulate_dtype(chunk.dtype), chunk.shape
-    if _eager(chunk):
-        flat = _scratch.take(chunk.numel() + 1, dtype)
-    else:
-        flat = chunk.new_empty(chunk.numel() + 1, dtype=dtype)
-    if chunk.stride(1) == 1 and c > 1:
-        return flat, flat[:-1].view(n, p, c).transpose(1, 2)
-    return flat, flat[:-1].view(n, c, p)
-
-
-def _by_chunk(x: Tensor, positions: Tensor | None):
-    """Yields the index of each chunk, the (n, C, P) chunk and the dropped positions in it."""
-    chunks, flat = _chunks(x), x.flatten(2)
-    views = [flat[samples, :, pixels] for samples, pixels in chunks]
-    if positions is None or len(chunks) == 1:
-        dropped = [None if positions is None else positions.long()] * len(chunks)
-    else:
-        ends = torch.tensor([v.numel() for v in views], device='cpu').cumsum(0)
-        bounds = [0, *torch.searchsorted(positions.long(), ends).tolist()]
-        starts = [0, *ends.tolist()]
-        dropped = [positions[a:b].long() - start
-                   for a, b, start in zip(bounds, bounds[1:], starts, strict=False)]
-    yield from zip(chunks, views, dropped, strict=True)
-
-
-def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool, plain: bool) -> Tensor:
-    """Sums over C of the kept elements, of their squares, and (``plain``) of all, (.., N, H, W).
-
-    ``exact`` guards against the cancellation of E2 - mean ** 2 where |mean| >> std (bright
-    skies, constant borders): float32 sums are those of x minus the mean of the pixel's first
-    channels, several of them lest one be an outlier, and the maps are float64. It is not needed
-    where dropout, or its expectation, adds enough noise.
+    With ``with_undropped`` a third row, (3, N, H, W), sums all elements. ``exact`` guards against
+    the cancellation of E2 - mean ** 2 where abs(mean) is much larger than the deviation (bright
+    skies, constant borders): float32 sums are those of x minus an origin, the mean of the pixel's
+    first channels, and the maps are float64. It is not needed where dropout, or its expectation,
+    adds enough noise.
     """
     acc, (n, c, h, w) = accumulate_dtype(x.dtype), x.shape
-    if _eager(x) and x.dtype == acc and positions is None and not exact and x.is_contiguous() and (
-            n and c * h * w >= _WIDE):
+    eager, is_wide = is_eager_on_cpu(x), n and c * h * w >= _WIDE
+    if eager and is_wide and x.dtype == acc and positions is None and not exact and (
+            x.is_contiguous()):
         return _channel_sums_by_batch_norm(x)
     shift = exact and positions is None
     origin = None
     if shift:
-        first = x[:, :_FIRST].to(acc)
+        first = x[:, :ORIGIN_CHANNELS].to(acc)
         origin = (first / first.size(1)).sum(1, keepdim=True).flatten(2)  # the sum may overflow
 
     def sums(index, chunk, dropped):
-        flat, memory = _dense_like(chunk) if dropped is not None or _eager(x) else (None, None)
+        flat, memory = scratch_like(chunk) if dropped is not None or eager else (None, None)
         if dropped is not None:
             memory.copy_(chunk)
-            total = [memory.sum(1)] if plain else []
+            total = [memory.sum(1)] if with_undropped else []
             flat.index_fill_(0, dropped, 0)
             chunk = memory
         elif shift:
@@ -189,11 +108,11 @@ def _channel_sums(x: Tensor, positions: Tensor | None, exact: bool, plain: bool)
         return [chunk.sum(1), torch.mul(chunk, chunk, out=memory).sum(1), *total]
 
     parts = [(index, sums(index, chunk, dropped))
-             for index, chunk, dropped in _by_chunk(x, positions)]
+             for index, chunk, dropped in by_chunk(x, positions)]
     if len(parts) == 1:
         maps = torch.stack(parts[0][1])
     else:
-        maps = x.new_empty((3 if plain else 2, n, h * w), dtype=acc)
+        maps = x.new_empty((3 if with_undropped else 2, n, h * w), dtype=acc)
         for index, values in parts:
             for row, value in zip(maps, values, strict=True):
                 row[index] = value
@@ -220,32 +139,26 @@ def _channel_sums_by_batch_norm(x: Tensor) -> Tensor:
     return torch.stack([mean, mean.square() + var]).mul_(c).view(2, n, h, w)
 
 
-def unit_moments(x: Tensor, geometry: Geometry, positions: Tensor | None, dropout_p: float,
-                 factor: float, eps: float, exact: bool, plain: bool) -> Moments:
-    """Moments of every unit; var = max(``factor`` * E2 - mean ** 2, 0)."""
+def unit_moments(x: Tensor, geometry: Geometry, mask: Tensor | None, dropout_p: float,
+                 factor: float, eps: float, exact: bool,
+                 with_undropped_mean: bool) -> Moments:
+    """See :meth:`.Passes.unit_moments`."""
     kh, kw = geometry.kernel
-    moments = box_sum(_channel_sums(x, positions, exact, plain and positions is not None),
-                      geometry) / (x.size(1) * kh * kw)
-    q = 1.0 if positions is None else 1 / (1 - dropout_p)
+    maps = _channel_sums(x, mask, exact, with_undropped_mean and mask is not None)
+    moments = box_sum(maps, geometry) / (x.size(1) * kh * kw)
+    q = 1.0 if mask is None else 1 / (1 - dropout_p)
     mean, second = moments[0] * q, moments[1] * q**2
-    # Squares may overflow; inf - inf is no number, and means a large variance.
+    # Squares may overflow. inf - inf is not a number, and stands for a large variance.
     info = torch.finfo(moments.dtype)
     var = (factor * second - mean.square()).nan_to_num(info.max, info.max, info.max)
-    live = ~(var <= 64 * info.eps * second.clamp(max=info.max))
+    live = ~(var <= LIVE_ROUNDINGS * info.eps * second.clamp(max=info.max))
     rstd = (var * live + eps).rsqrt()
     return Moments(mean, rstd, live, moments[2] if len(moments) == 3 else None)
 
 
 def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-              shifts: list[tuple[Tensor, Tensor]], relu: bool, inplace: bool) -> Tensor:
-    """(z - sum of s * u over ``shifts``) * scale + bias, plus ``residual`` or through ``relu``.
-
-    Args:
-        z: (N, O, Ho, Wo), the convolution's.
-        scale: (N, Ho, Wo).
-        shifts: Pairs of s (O,) and u (N, Ho, Wo).
-        inplace: z may be overwritten.
-    """
+              shifts: list[Shift], relu: bool, inplace: bool) -> Tensor:
+    """See :meth:`.Passes.normalize`."""
     acc = accumulate_dtype(z.dtype)
     y = z if inplace else torch.empty_like(z)
     scale = scale.to(acc).flatten(1).unsqueeze(1)
@@ -253,13 +166,13 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
     shifts = [(s.to(acc).view(1, -1, 1), u.to(acc).flatten(1).unsqueeze(1) * scale)
               for s, u in shifts]
     out, added = y.flatten(2), residual.flatten(2) if residual is not None else None
-    for index, chunk, _ in _by_chunk(z, None):
+    for index, chunk, _ in by_chunk(z, None):
         samples, pixels = index
         target = out[samples, :, pixels]
         memory = None
-        if _eager(z):
+        if is_eager_on_cpu(z):
             direct = z.dtype == acc and not (inplace and shifts)
-            memory = target if direct else _dense_like(chunk)[1]
+            memory = target if direct else scratch_like(chunk)[1]
         offset = bias
         for s, u in shifts:
             offset = torch.addcmul(offset, s, u[samples, :, pixels], value=-1, out=memory)
@@ -276,33 +189,11 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
     return y
 
 
-class MomentGrads(NamedTuple):
-    """What the units' moments send back to each x of theirs, summed by box^T and over K.
-
-    dx += plain + m * (constant + slope * x), with m the dropout mask; (N, Ho, Wo) each.
-    """
-
-    constant: Tensor
-    slope: Tensor
-    plain: Tensor | None
-
-
-def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
-               bias: Tensor | None, shifts: list[tuple[Tensor, Tensor]], relu: bool,
-               need_x: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """h = grad * rstd and its reductions.
-
-    Args:
-        grad: (N, O, Ho, Wo), dL/dy.
-        saved: z, or y where ``relu``: elsewhere than at y = 0, where the gradient is 0 too,
-            z * rstd = y - b.
-        shifts: As in :func:`normalize`.
-        need_x: Whether the second and third result are wanted, which only dx needs; else None.
-
-    Returns:
-        h (as ``grad``); sum_o h * sum(W)_o, sum_o h * z * rstd, both (N, Ho, Wo);
-        sum_{n, p} h * mean, sum_{n, p} grad, both (O,).
-    """
+def scale_grad(grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor, rstd: Tensor,
+               weight_sum: Tensor, bias: Tensor | None, shifts: list[Shift],
+               need_x: bool) -> ScaledGrad:
+    """See :meth:`.Passes.scale_grad`."""
+    relu = y is not None
     acc = accumulate_dtype(grad.dtype)
     n, o, ho, wo = grad.shape
     mean, rstd = mean.flatten(1), rstd.flatten(1)
@@ -310,54 +201,55 @@ def scale_grad(grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight_s
     rows = torch.stack([weight_sum.to(acc)] + (
         [bias.to(acc)] if relu and bias is not None else []))
     h = torch.empty_like(grad)
-    to_mean, hz = grad.new_empty((2, n, ho * wo), dtype=acc)
+    to_mean, to_var = grad.new_empty((2, n, ho * wo), dtype=acc)
     of_mean, dbias = grad.new_zeros((o, 1), dtype=acc), grad.new_zeros(o, dtype=acc)
-    out, saved = h.flatten(2), saved.flatten(2)
-    for index, chunk, _ in _by_chunk(grad, None):
+    out, kept = h.flatten(2), (y if relu else z).flatten(2)
+    for index, chunk, _ in by_chunk(grad, None):
         samples, pixels = index
-        target, z = out[samples, :, pixels], saved[samples, :, pixels]
+        target, kept_chunk = out[samples, :, pixels], kept[samples, :, pixels]
         hc = target if h.dtype == acc else torch.empty_like(chunk, dtype=acc)
         if relu:  # in the memory of h, where it stays in the cache
-            chunk = torch.ops.aten.threshold_backward(chunk.to(acc), z.to(acc), 0, grad_input=hc)
+            chunk = torch.ops.aten.threshold_backward(chunk.to(acc), kept_chunk.to(acc), 0,
+                                                      grad_input=hc)
         dbias += chunk.sum((0, 2), dtype=acc)
         torch.mul(chunk, scale[samples, :, pixels], out=hc)
         of_mean += (hc @ mean[samples, pixels]).sum(0)
         if need_x:
             sums = rows @ hc
             to_mean[index] = sums[:, 0]
-            product = torch.mul(hc, z, out=_dense_like(chunk)[1]).sum(1)
+            product = torch.mul(hc, kept_chunk, out=scratch_like(chunk)[1]).sum(1)
             if relu and bias is not None:
                 product -= sums[:, 1]
-            hz[index] = product
+            to_var[index] = product
         if hc is not target:
             target.copy_(hc)
     if not need_x:
-        return h, None, None, of_mean[:, 0], dbias
+        return ScaledGrad(h, None, None, of_mean[:, 0], dbias)
     if not relu:
-        hz *= rstd
-    to_mean, hz = to_mean.view(n, ho, wo), hz.view(n, ho, wo)
+        to_var *= rstd
+    to_mean, to_var = to_mean.view(n, ho, wo), to_var.view(n, ho, wo)
     for s, u in shifts:
         along = to_mean if s is weight_sum else (s.to(acc) @ h.flatten(2).to(acc)).view(n, ho, wo)
-        hz = hz - along * u * rstd.view(n, ho, wo)
-    return h, to_mean, hz, of_mean[:, 0], dbias
+        to_var = to_var - along * u * rstd.view(n, ho, wo)
+    return ScaledGrad(h, to_mean, to_var, of_mean[:, 0], dbias)
 
 
-def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, positions: Tensor | None,
+def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
                      dropout_p: float, grads: MomentGrads) -> Tensor:
-    """Adds to ``dx``, in place, what reaches x through the moments of its units."""
+    """See :meth:`.Passes.add_moment_grads`."""
     acc, (c, h, w) = accumulate_dtype(x.dtype), x.shape[1:]
     kh, kw = geometry.kernel
     maps = torch.stack([m for m in grads if m is not None]) / (c * kh * kw)
     maps = box_sum_transpose(maps, geometry, h, w).to(acc).flatten(2).unsqueeze(2)
     into = dx.flatten(2)
-    for index, chunk, dropped in _by_chunk(x, positions):
+    for index, chunk, dropped in by_chunk(x, mask):
         samples, pixels = index
-        constant, slope, *plain = maps[:, samples, :, pixels]
-        flat, memory = _dense_like(chunk)
+        constant, slope, *unmasked = maps[:, samples, :, pixels]
+        flat, memory = scratch_like(chunk)
         torch.addcmul(constant, chunk.to(acc), slope, out=memory)
         if dropped is not None:
             flat.index_fill_(0, dropped, 0)
-        if plain:
-            memory.add_(plain[0])
+        if unmasked:
+            memory.add_(unmasked[0])
         into[samples, :, pixels].add_(memory)
     return dx

@@ -84,11 +84,11 @@ class GradSampler:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.modules = list(_layers(model))
         for module in self.modules:
-            if isinstance(module, KNConv2d):
-                module.keep_moments = True
             if type(module) not in GRAD_SAMPLERS:
                 prepare_layer(module)  # copies it: before it has hooks
         self.handles = [m.register_forward_hook(self._capture) for m in self.modules]
+        self.handles += [m.register_forward_pre_hook(_ask_for_moments, with_kwargs=True)
+                         for m in self.modules if isinstance(m, KNConv2d)]
         self.clear()
 
     def detach(self) -> None:
@@ -96,8 +96,6 @@ class GradSampler:
         for handle in self.handles:
             handle.remove()
         for module in self.modules:
-            if isinstance(module, KNConv2d):
-                module.keep_moments, module.moments = False, None
             vars(module).pop('ft_compute_sample_grad', None)
         self.clear()
 
@@ -109,17 +107,17 @@ class GradSampler:
         """Norm of each sample's gradient over all parameters, (N,)."""
         return torch.stack([p.norm_sample for p in self.parameters]).norm(2, dim=0)
 
-    def _capture(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _capture(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | None:
         moments = ()
-        if isinstance(module, KNConv2d):
-            moments, module.moments = module.moments, None
+        if isinstance(module, KNConv2d):  # its pre-hook has asked for them
+            output, *moments = output
         if not module.training or not torch.is_grad_enabled():
-            return None
+            return output
         if not isinstance(output, Tensor):
             raise ValueError(f'{type(module).__name__} returns a {type(output).__name__}; layers '
                              'with parameters must return one tensor to be trained privately')
         if not output.requires_grad:
-            return None
+            return output
         if output._is_view():  # which loses its hook when it is modified in place
             output = output.clone()
         inputs = args[:1] if isinstance(module, KNConv2d) else args  # a residual may follow
@@ -154,6 +152,10 @@ class GradSampler:
             else:
                 raise ValueError(f'{type(module).__name__} runs twice in a forward, so that its '
                                  "norms are not known layer by layer; take clipping='flat'")
+
+
+def _ask_for_moments(module: KNConv2d, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, dict(kwargs, return_moments=True)
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

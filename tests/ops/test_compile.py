@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmseg_kn import KNConv2d, KNResNet
-from mmseg_kn.ops import closed_form
+from mmseg_kn.ops import fused, operators
 
 ROOT = Path(__file__).resolve().parent.parent
 DYNAMIC = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
@@ -69,17 +69,17 @@ def test_opcheck():
     """torch's own checks of a custom operator: schema, fake tensors, autograd registration."""
     x, weight, bias, residual = (torch.randn(shape, requires_grad=True) for shape in (
         (2, 4, 6, 5), (3, 4, 2, 2), (3, ), (2, 3, 5, 4)))
-    dropped = closed_form.fused.draw(x.detach(), 0.1)
+    dropped = fused.draw_mask(x.detach(), 0.1)
     for args in ((x, weight, bias, residual, dropped, [1, 1], [0, 0], [1, 1], 1, 0.1, True, 1e-5,
                   False, 'fused'),
                  (x, weight, None, None, None, [2, 1], [1, 1], [1, 2], 1, 0.0, False, 1e-5, True,
                   'fused'),
                  (x.bfloat16(), weight, bias, None, dropped, [1, 1], [0, 0], [1, 1], 1, 0.1, True,
                   1e-5, False, 'fused')):
-        torch.library.opcheck(closed_form._kn_conv2d, args,
+        torch.library.opcheck(operators._kn_conv2d, args,
                               test_utils=('test_schema', 'test_autograd_registration',
                                           'test_faketensor'))
-    torch.library.opcheck(closed_form._unit_moments,
+    torch.library.opcheck(operators._unit_moments,
                           (x, dropped, [2, 1], [1, 1], 0.1, True, 1e-5, 'fused'),
                           test_utils=('test_schema', 'test_autograd_registration',
                                       'test_faketensor'))

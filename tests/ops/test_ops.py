@@ -4,17 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmseg_kn import ops
-from mmseg_kn.ops import chosen_impl, fused, kernel_norm2d, kn_conv2d
+from mmseg_kn.ops import chosen_impl, cpu_chunks, dispatch, fused, kernel_norm2d, kn_conv2d
 from mmseg_kn.ops.geometry import make_geometry
+from mmseg_kn.ops.passes import MomentGrads
+from mmseg_kn.ops.precision import accumulate_dtype
 
-triton_kernels = pytest.importorskip('mmseg_kn.ops.triton_kernels')
+triton_passes = pytest.importorskip('mmseg_kn.ops.triton_passes')
 
 torch.backends.cudnn.allow_tf32 = False  # GPUs would round what is compared in float32
 IMPLS = ('reference', 'fused')
-PASSES = dict(fused=fused, triton=triton_kernels)
+PASSES = dict(fused=fused, triton=triton_passes)
 # Without a GPU, triton's interpreter runs the kernels on the CPU (conftest.py).
-DEVICE = 'cpu' if triton_kernels.INTERPRETED else 'cuda'
+DEVICE = 'cpu' if triton_passes.INTERPRETED else 'cuda'
 # One of each: dilation, groups, strides, 4-sided padding, kernels from 1x1 to 7x7.
 OPTIONS = [
     dict(kernel=3, padding=1),
@@ -106,7 +107,7 @@ def test_evaluation_is_the_mean_of_training_passes(impl):
 @pytest.fixture(params=[2**20, 50], ids=['whole', 'chunks'])
 def chunk(request, monkeypatch):
     """The CPU's passes over the whole tensor, and in chunks."""
-    monkeypatch.setattr(fused, '_CHUNK', request.param)
+    monkeypatch.setattr(cpu_chunks, 'CHUNK', request.param)
     monkeypatch.setattr(fused, '_WIDE', request.param)
 
 
@@ -128,9 +129,9 @@ def test_fused_equals_reference(options, dropout_p, epilogue, chunk):
 def kept_elements(passes, x, dropped, p):
     """The mask of a dropout, as backward sees it: dx of a loss that weighs all x alike."""
     n, c, h, w = x.shape
-    one = torch.full((n, h, w), c, dtype=fused.accumulate_dtype(x.dtype), device=x.device)
+    one = torch.full((n, h, w), c, dtype=accumulate_dtype(x.dtype), device=x.device)
     return passes.add_moment_grads(torch.zeros_like(x), x, make_geometry(1), dropped, p,
-                                   fused.MomentGrads(one, torch.zeros_like(one), None))
+                                   MomentGrads(one, torch.zeros_like(one), None))
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
@@ -154,8 +155,8 @@ def test_dropout_of_the_statistics_by_definition(options, impl, dtype, p, channe
     if channels_last:
         inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
     drawn, passes = [], PASSES[impl]
-    draw = passes.draw
-    monkeypatch.setattr(passes, 'draw',
+    draw = passes.draw_mask
+    monkeypatch.setattr(passes, 'draw_mask',
                         lambda x, p: drawn.append((x, draw(x, p))) or drawn[-1][1])
     actual = run(inputs, impl, dropout_p=p, training=True, **options)
     (x, dropped), = drawn
@@ -187,8 +188,8 @@ def test_dropout_rate_and_independence(impl, channels_last, chunk):
         masks = []
         for seed in (0, 0, 1):
             torch.manual_seed(seed)
-            masks.append(kept_elements(passes, x, passes.draw(x, p), p))
-        again = kept_elements(passes, x, passes.draw(x, p), p)
+            masks.append(kept_elements(passes, x, passes.draw_mask(x, p), p))
+        again = kept_elements(passes, x, passes.draw_mask(x, p), p)
         assert set(masks[0].unique().tolist()) == {0.0, 1.0}
         assert torch.equal(masks[0], masks[1])
         for mask in (masks[0], masks[2], again):  # seeds, then draws from one seed
@@ -210,7 +211,7 @@ def test_drawn_positions(p):
     torch.manual_seed(0)
     for shape in ((4, 64, 50, 50), (1, 4, 6, 6), (0, 4, 5, 5)):
         x = torch.empty(shape)
-        positions = fused.draw(x, p)
+        positions = fused.draw_mask(x, p)
         inside = positions[positions < x.numel()]
         assert positions.dtype == torch.int32 and (inside.diff() > 0).all()
         assert (inside >= 0).all() and (positions <= x.numel()).all()
@@ -227,7 +228,7 @@ def test_dropped_and_kept_elements_count_as_scaled(channels_last):
         x = x.to(DEVICE if impl == 'triton' else 'cpu')
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        dropped = passes.draw(x, 0.75)
+        dropped = passes.draw_mask(x, 0.75)
         mask = kept_elements(passes, x, dropped, 0.75)
         moments = passes.unit_moments(x, make_geometry(1), dropped, 0.75, 1.0, 1e-5, True, True)
         torch.testing.assert_close(moments.mean.float(), (4 * mask * x).mean(1), rtol=1e-6, atol=0)
@@ -509,8 +510,8 @@ def test_an_outlier_does_not_bring_back_the_cancellation(impl):
 @pytest.mark.parametrize('impl', PASSES)
 def test_expected_variance_of_a_constant_at_small_p(impl, p, monkeypatch):
     """float32, as which compiled kernels take numbers, knows 1 + p to 6e-8 only."""
-    launch = triton_kernels._launch
-    monkeypatch.setattr(triton_kernels, '_launch', lambda kernel, x, grid, *args, **constants: (
+    launch = triton_passes._launch
+    monkeypatch.setattr(triton_passes, '_launch', lambda kernel, x, grid, *args, **constants: (
         launch(kernel, x, grid, *(torch.tensor(a, dtype=torch.float32).item()
                                   if isinstance(a, float) else a for a in args), **constants)))
     x = torch.full((1, 64, 2, 2), 100., device=DEVICE if impl == 'triton' else 'cpu')
@@ -539,15 +540,16 @@ def test_triton_index_beyond_int32():
     mean, rstd = torch.empty(2, 2, device=DEVICE)
     live = torch.empty(2, dtype=torch.int8, device=DEVICE)
     # strides of 0: all units of a sample read its first pixel
-    triton_kernels._moments[(1, )](maps, mean, rstd, live, None, 2, 1, 1, 2, height, width, 1, 1,
-                                   0, 0, 0, 0, 1, 1, 1, 0.0, 1e-5, PLAIN=False, P=128)
+    triton_passes.kernels.moments[(1, )](
+        maps, mean, rstd, live, None, 2, 1, 1, 2, height, width, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0.0,
+        1e-5, UNDROPPED=False, P=128)
     assert mean.tolist() == [2, 2] and live.tolist() == [1, 1]
 
     x = torch.tensor([10., 20., 30., 40.], device=DEVICE)
     dx, maps = torch.zeros_like(x), torch.tensor([[0.] * 4, [1., 2., 3., 4.]], device=DEVICE)
-    triton_kernels._add_moment_grads[(1, )](
+    triton_passes.kernels.add_moment_grads[(1, )](
         dx, x, maps, None, 2, height, width, 1, 3, 1, 1, 4, 1, 2, 1, 1, 1, 1, 0, 0, 1, 1, 1.0, 0,
-        DROPOUT=False, PLAIN=False, P=16, C4=1)
+        DROPOUT=False, UNMASKED=False, P=16, C4=1)
     assert dx.tolist() == [10, 40, 0, 0]
 
 
@@ -623,27 +625,27 @@ def test_only_a_definite_obstacle_is_remembered(monkeypatch):
         if answer is not None:
             raise answer
 
-    monkeypatch.setattr(triton_kernels, 'INTERPRETED', False)
-    monkeypatch.setattr(triton_kernels, 'unit_moments', moments)
+    monkeypatch.setattr(triton_passes, 'INTERPRETED', False)
+    monkeypatch.setattr(triton_passes, 'unit_moments', moments)
     monkeypatch.setattr(torch.version, 'hip', None)
     monkeypatch.setattr(torch, 'zeros', lambda *size, device, dtype: zeros(size))
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing[0])
-    ops._find_triton_obstacle.cache_clear()
+    dispatch._find_triton_obstacle.cache_clear()
     try:
-        assert 'captured' in ops._triton_obstacle(device, torch.float32)
+        assert 'captured' in dispatch._triton_obstacle(device, torch.float32)
         capturing[0] = False
         answers += [torch.OutOfMemoryError('CUDA out of memory'), None]
-        assert 'out of memory' in ops._triton_obstacle(device, torch.float32)
-        assert [ops._triton_obstacle(device, torch.float32) for _ in range(2)] == [None, None]
+        assert 'out of memory' in dispatch._triton_obstacle(device, torch.float32)
+        assert [dispatch._triton_obstacle(device, torch.float32) for _ in range(2)] == [None, None]
         capturing[0] = True  # known by now
-        assert ops._triton_obstacle(device, torch.float32) is None
+        assert dispatch._triton_obstacle(device, torch.float32) is None
         capturing[0] = False
         answers.append(RuntimeError('Failed to find C compiler'))
         for _ in range(2):
-            assert 'C compiler' in ops._triton_obstacle(device, torch.float16)
+            assert 'C compiler' in dispatch._triton_obstacle(device, torch.float16)
     finally:
-        ops._find_triton_obstacle.cache_clear()
+        dispatch._find_triton_obstacle.cache_clear()
 
 
 def test_default_device_does_not_matter():
@@ -657,7 +659,7 @@ def test_default_device_does_not_matter():
         y.sum().backward()
         assert y.device == weight.grad.device == torch.device('cpu')
 
-    fused._scratch.stores.clear()
+    cpu_chunks._scratch.stores.clear()
     with torch.device('meta'):
         call()
     call()

@@ -16,6 +16,7 @@ from torch import nn
 from mmseg_kn import KernelNorm2d, KNConv2d
 from mmseg_kn.ops import fused, kernel_norm2d, kn_conv2d
 from mmseg_kn.ops.geometry import make_geometry
+from mmseg_kn.ops.passes import MomentGrads
 
 CASES = int(os.environ.get('PROPERTY_CASES', 2000))
 LAYOUTS = ('contiguous', 'channels_last', 'columns', 'rows and columns', 'transposed')
@@ -161,15 +162,15 @@ def mask(x, dropped, p):
     n, c, h, w = x.shape
     one = torch.full((n, h, w), c, dtype=x.dtype)
     return fused.add_moment_grads(torch.zeros_like(x), x, make_geometry(1), dropped, p,
-                                  fused.MomentGrads(one, torch.zeros_like(one), None))
+                                  MomentGrads(one, torch.zeros_like(one), None))
 
 
 @contextmanager
 def dropping_the_same(x, padding, p, run):
     """Every call drops the same in it, the definition too: what fused draws in ``run()``."""
-    drawn, draw = [], fused.draw
+    drawn, draw = [], fused.draw_mask
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, 'draw',
+        patch.setattr(fused, 'draw_mask',
                       lambda x, p: drawn.append((x, draw(x, p))) or drawn[-1][1])
         run()
         if drawn:
@@ -177,7 +178,7 @@ def dropping_the_same(x, padding, p, run):
             scale = mask(seen.detach(), dropped, p) / (1 - p)
             if seen.shape == x.shape:  # else padded beforehand
                 scale = F.pad(scale, padding)
-            patch.setattr(fused, 'draw', lambda x, p: dropped)
+            patch.setattr(fused, 'draw_mask', lambda x, p: dropped)
             patch.setattr(F, 'dropout', lambda x, p: x * scale)
         yield bool(drawn)
 

@@ -85,7 +85,7 @@ def test_grad_samples_equal_a_loop_over_samples(monkeypatch, option, dropout_p, 
             return (padded_mask.flatten() == 0).nonzero().squeeze(1)
 
         monkeypatch.setattr(F, 'dropout', known_dropout)
-        monkeypatch.setattr(fused, 'draw', known_draw)
+        monkeypatch.setattr(fused, 'draw_mask', known_draw)
     sampler = GradSampler(layer)
     y = layer(x)
     weight_of_loss = torch.randn(y.shape[1:], dtype=y.dtype)
@@ -96,7 +96,7 @@ def test_grad_samples_equal_a_loop_over_samples(monkeypatch, option, dropout_p, 
         assert error < 1e-12
         torch.testing.assert_close(p.grad_sample.mean(0), p.grad, rtol=1e-9, atol=1e-12)
     sampler.detach()
-    assert layer.keep_moments is False and not layer._forward_hooks
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 @pytest.mark.parametrize('option', OPTIONS, ids=str)
@@ -117,7 +117,7 @@ def test_grad_samples_in_float32(option):
 @pytest.mark.parametrize('option', OPTIONS[:2] + OPTIONS[4:5] + OPTIONS[9:], ids=str)
 def test_grad_samples_with_the_kernels_of_gpus(option):
     """Their statistics, and their dropout, which is drawn from a seed."""
-    kernels = pytest.importorskip('mmseg_kn.ops.triton_kernels')
+    kernels = pytest.importorskip('mmseg_kn.ops.triton_passes')
     device = 'cpu' if kernels.INTERPRETED else 'cuda'
     torch.manual_seed(0)
     layer = KNConv2d(4, 8, dropout_p=0.3, impl='triton', **option).to(device)

@@ -15,25 +15,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmseg_kn.ops import triton_kernels as kernels
+from mmseg_kn.ops import triton_passes as passes
 
 # Pointers of each kernel that are not of the activations' dtype
 MAPS = {
-    '_channel_sums': dict(maps_ptr='*fp64', seed_ptr='*i64'),
-    '_moments': dict(maps_ptr='*fp64', live_ptr='*i8'),
-    '_normalize': {},
-    '_scale_grad': {},
-    '_add_moment_grads': dict(seed_ptr='*i64'),
+    'channel_sums': dict(maps_ptr='*fp64', seed_ptr='*i64'),
+    'moments': dict(maps_ptr='*fp64', live_ptr='*i8'),
+    'normalize': {},
+    'scale_grad': {},
+    'add_moment_grads': dict(seed_ptr='*i64'),
 }
-ACTIVATIONS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'saved_ptr',
+ACTIVATIONS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'kept_ptr',
                'h_ptr'}
 FLOATS = {'q', 'factor', 'eps', 'inv_k'}
 # Flags of each kernel beside all on: other code, not less of it
 VARIANTS = {
-    '_channel_sums': dict(DROPOUT=False),
-    '_scale_grad': dict(RELU=False),
-    '_add_moment_grads': dict(DROPOUT=False),
+    'channel_sums': dict(DROPOUT=False),
+    'scale_grad': dict(RELU=False),
+    'add_moment_grads': dict(DROPOUT=False),
 }
-SIZES = dict(P=kernels.PIXELS, C4=kernels.CHANNELS, B=kernels.OUTPUTS)
+SIZES = dict(P=passes.PIXELS, C4=passes.CHANNELS, B=passes.OUTPUTS)
 
 
 def compile_kernel(name: str, dtype: str, capability: int,
@@ -49,7 +50,7 @@ def compile_kernel(name: str, dtype: str, capability: int,
         if parameter.annotation is triton.language.constexpr:
             signature[key] = 'constexpr'
             constants[key] = {**SIZES, **flags}.get(key, True)
-            if name == '_moments' and key == 'P':
+            if name == 'moments' and key == 'P':
                 constants[key] = 128
         elif key == unit_stride:
             signature[key], constants[key] = 'constexpr', 1
@@ -82,7 +83,7 @@ def main() -> None:
         for flags in ({}, VARIANTS[name]) if name in VARIANTS else ({}, ):
             # what the flags change does not depend on dtype and layout: one of each
             layouts = [('channels_first', 'stride_p'), ('channels_last', 'stride_c')]
-            dtypes = ('fp32', ) if name == '_moments' or flags else ('fp32', 'fp16', 'bf16')
+            dtypes = ('fp32', ) if name == 'moments' or flags else ('fp32', 'fp16', 'bf16')
             options = ' '.join(f'no {flag}' for flag in flags) or 'all'
             for dtype, (layout, unit_stride), capability in itertools.product(
                     dtypes, layouts[:1] if flags else layouts, (80, 90)):

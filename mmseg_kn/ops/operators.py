@@ -1,0 +1,243 @@
+"""The closed form as operators: what autograd, torch.compile and exporters see of it.
+
+Forward and backward are custom operators, which torch.compile and CUDA graphs take as one step
+each. Without gradients the fused passes are plain torch operations, open to exporters and FLOP
+counters. An operator's outputs must be fresh tensors, never None: what a call does not keep is an
+empty tensor.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import closed_form
+from .closed_form import Options
+from .dispatch import exports, passes_of
+from .geometry import Geometry, pad
+from .memory_format import dense, dense_like, is_channels_last
+from .passes import Moments
+from .precision import accumulate_dtype
+
+
+def _options(kernel, stride, padding, dilation, groups, dropout_p, training) -> Options:
+    h, w = padding
+    geometry = Geometry(tuple(kernel), tuple(stride), (w, w, h, h), tuple(dilation))
+    return Options(geometry, groups, dropout_p, training)
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+# Schemas are spelled out, because torch 2.6 infers none from list[int].
+@torch.library.custom_op('mmseg_kn::kn_conv2d', mutates_args=(), schema=(
+    '(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? mask, SymInt[] stride, '
+    'SymInt[] padding, SymInt[] dilation, SymInt groups, float dropout_p, bool training, '
+    'float eps, bool relu, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'))
+def _kn_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+               mask: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+               groups: int, dropout_p: float, training: bool, eps: float, relu: bool,
+               impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, rstd and live; z and the undropped mean, which backward needs unless ``relu``."""
+    options = _options(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training)
+    y, z, moments = closed_form.forward(passes_of(impl), x, weight, bias, residual, mask, options,
+                                        eps, relu, keep_z=not relu)
+    acc = accumulate_dtype(x.dtype)
+    if relu or moments.undropped_mean is None:
+        undropped_mean = x.new_empty(0)
+    else:
+        undropped_mean = moments.undropped_mean.to(acc).clone()  # it may be a view
+    return (y, moments.mean.to(acc), moments.rstd.to(acc), moments.live,
+            x.new_empty(0) if relu else z, undropped_mean)
+
+
+@_kn_conv2d.register_fake
+def _(x, weight, bias, residual, mask, stride, padding, dilation, groups, dropout_p, training,
+      eps, relu, impl):
+    options = _options(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training)
+    z = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
+    acc, units = accumulate_dtype(x.dtype), (z.size(0), *z.shape[2:])
+    has_undropped_mean = options.setting(x).needs_undropped_mean and not relu
+    return (torch.empty_like(z), x.new_empty(units, dtype=acc), x.new_empty(units, dtype=acc),
+            x.new_empty(units, dtype=torch.bool), x.new_empty(0) if relu else z,
+            x.new_empty(units, dtype=acc) if has_undropped_mean else x.new_empty(0))
+
+
+@torch.library.custom_op('mmseg_kn::kn_conv2d_backward', mutates_args=(), schema=(
+    '(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor mean, '
+    'Tensor rstd, Tensor live, Tensor undropped_mean, Tensor? z, Tensor? y, SymInt[] stride, '
+    'SymInt[] padding, SymInt[] dilation, SymInt groups, float dropout_p, bool training, '
+    'bool need_x, bool need_weight, str impl) -> (Tensor, Tensor, Tensor)'))
+def _kn_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                        mask: Tensor | None, mean: Tensor, rstd: Tensor, live: Tensor,
+                        undropped_mean: Tensor, z: Tensor | None, y: Tensor | None,
+                        stride: list[int], padding: list[int], dilation: list[int], groups: int,
+                        dropout_p: float, training: bool, need_x: bool, need_weight: bool,
+                        impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dW and db."""
+    options = _options(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training)
+    moments = Moments(mean, rstd, live, _or_none(undropped_mean))
+    dx, dweight, dbias = closed_form.backward(passes_of(impl), grad, x, weight, bias, mask,
+                                              moments, z, y, options, need_x, need_weight)
+    return (x.new_empty(0) if dx is None else dx,
+            x.new_empty(0) if dweight is None else dweight,
+            dbias if bias is None else dbias.to(bias.dtype))
+
+
+@_kn_conv2d_backward.register_fake
+def _(grad, x, weight, bias, mask, mean, rstd, live, undropped_mean, z, y, stride, padding,
+      dilation, groups, dropout_p, training, need_x, need_weight, impl):
+    dbias = mean.new_empty(weight.size(0)) if bias is None else torch.empty_like(bias)
+    return (torch.empty_like(x) if need_x else x.new_empty(0),
+            torch.empty_like(weight) if need_weight else x.new_empty(0), dbias)
+
+
+def _grads_for(operator, **grads: Tensor | None) -> tuple:
+    """One gradient for each argument of an operator: those given by name, None for the others."""
+    arguments = [argument.name for argument in operator._opoverload._schema.arguments]
+    return tuple(grads.get(name) for name in arguments)
+
+
+def _save_kn_conv2d(ctx, inputs, output):
+    x, weight, bias, _, mask, *ctx.options, _, relu, ctx.impl = inputs
+    y, mean, rstd, live, z, undropped_mean = output
+    ctx.mark_non_differentiable(mean, rstd, live, z, undropped_mean)
+    ctx.set_materialize_grads(False)
+    ctx.channels_last = is_channels_last(x)
+    z, y = (None, y) if relu else (z, None)
+    ctx.save_for_backward(x, weight, bias, mask, mean, rstd, live, undropped_mean, z, y)
+
+
+def _kn_conv2d_grads(ctx, grad, *_):
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    dx = dweight = dbias = None
+    if grad is not None and (need_x or need_weight or need_bias):
+        x, weight, bias, *kept = ctx.saved_tensors
+        # Saved-tensor hooks may return another memory format, and the mask counts in this one.
+        x = dense(x, ctx.channels_last)
+        with torch.autocast(x.device.type, enabled=False):  # backward() may be called under it
+            dx, dweight, dbias = _kn_conv2d_backward(grad, x, weight, bias, *kept, *ctx.options,
+                                                     need_x, need_weight, ctx.impl)
+    return _grads_for(_kn_conv2d, x=dx if need_x else None,
+                      weight=dweight if need_weight else None, bias=dbias if need_bias else None,
+                      residual=grad if need_residual else None)
+
+
+_kn_conv2d.register_autograd(_kn_conv2d_grads, setup_context=_save_kn_conv2d)
+
+
+def _window(kernel, stride, dropout_p, training) -> Options:
+    """Options of :func:`_unit_moments`, whose input is padded already."""
+    return _options(kernel, stride, (0, 0), (1, 1), 1, dropout_p, training)
+
+
+@torch.library.custom_op('mmseg_kn::unit_moments', mutates_args=(), schema=(
+    '(Tensor x, Tensor? mask, SymInt[] kernel, SymInt[] stride, float dropout_p, '
+    'bool training, float eps, str impl) -> (Tensor, Tensor, Tensor)'))
+def _unit_moments(x: Tensor, mask: Tensor | None, kernel: list[int], stride: list[int],
+                  dropout_p: float, training: bool, eps: float,
+                  impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, rstd and live of the units of x (N, C, H, W)."""
+    options = _window(kernel, stride, dropout_p, training)
+    setting = options.setting(x)
+    return passes_of(impl).unit_moments(x, options.geometry, mask, dropout_p, setting.factor, eps,
+                                        setting.exact, False)[:3]
+
+
+@_unit_moments.register_fake
+def _(x, mask, kernel, stride, dropout_p, training, eps, impl):
+    options = _window(kernel, stride, dropout_p, training)
+    exact = options.setting(x).exact
+    dtype = torch.float64 if exact and impl == 'fused' else accumulate_dtype(x.dtype)
+    units = (x.size(0), *options.geometry.output_size(*x.shape[2:]))
+    return (x.new_empty(units, dtype=dtype), x.new_empty(units, dtype=dtype),
+            x.new_empty(units, dtype=torch.bool))
+
+
+@torch.library.custom_op('mmseg_kn::unit_moments_backward', mutates_args=(), schema=(
+    '(Tensor grad_mean, Tensor grad_rstd, Tensor x, Tensor? mask, Tensor mean, Tensor rstd, '
+    'Tensor live, SymInt[] kernel, SymInt[] stride, float dropout_p, bool training, str impl) '
+    '-> Tensor'))
+def _unit_moments_backward(grad_mean: Tensor, grad_rstd: Tensor, x: Tensor, mask: Tensor | None,
+                           mean: Tensor, rstd: Tensor, live: Tensor, kernel: list[int],
+                           stride: list[int], dropout_p: float, training: bool,
+                           impl: str) -> Tensor:
+    return closed_form.moments_backward(passes_of(impl), grad_mean, grad_rstd, x, mask,
+                                        Moments(mean, rstd, live, None),
+                                        _window(kernel, stride, dropout_p, training))
+
+
+@_unit_moments_backward.register_fake
+def _(grad_mean, grad_rstd, x, *_):
+    return torch.empty_like(x)
+
+
+def _save_unit_moments(ctx, inputs, output):
+    x, mask, *ctx.options, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.channels_last = is_channels_last(x)
+    ctx.save_for_backward(x, mask, *output)
+
+
+def _unit_moments_grads(ctx, grad_mean, grad_rstd, _):
+    x, *kept = ctx.saved_tensors
+    x = dense(x, ctx.channels_last)  # as in _kn_conv2d_grads
+    dx = _unit_moments_backward(grad_mean, grad_rstd, x, *kept, *ctx.options, ctx.impl)
+    return _grads_for(_unit_moments, x=dx)
+
+
+_unit_moments.register_autograd(_unit_moments_grads, setup_context=_save_unit_moments)
+
+
+def _takes_operator(impl: str, *tensors: Tensor | None) -> bool:
+    """Whether a call goes through the operators: for gradients, and for compiled kernels.
+
+    A compiler cannot look into the launch of a kernel. Else the plain operations are taken, which
+    exporters and FLOP counters can look into.
+    """
+    differentiates = torch.is_grad_enabled() and not exports() and any(
+        t is not None and t.requires_grad for t in tensors)
+    return differentiates or impl == 'triton' and torch.compiler.is_compiling()
+
+
+def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
+              groups: int, dropout_p: float, training: bool, eps: float, relu: bool,
+              residual: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mmseg_kn.ops.kn_conv2d` in closed form, with mean and rstd (N, Ho, Wo)."""
+    if geometry.symmetric_padding is None:
+        input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
+    x, passes = dense_like(input, input), passes_of(impl)
+    mask = passes.draw_mask(x, dropout_p) if training and dropout_p else None
+    if _takes_operator(impl, x, weight, bias, residual):
+        y, mean, rstd, live, *_ = _kn_conv2d(x, weight, bias, residual, mask, geometry.stride,
+                                             geometry.symmetric_padding, geometry.dilation,
+                                             groups, dropout_p, training, eps, relu, impl)
+    else:
+        options = Options(geometry, groups, dropout_p, training)
+        y, _, (mean, rstd, live, _) = closed_form.forward(passes, x, weight, bias, residual, mask,
+                                                          options, eps, relu, keep_z=False)
+    return y, mean, rstd if mask is not None else rstd * live
+
+
+def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training: bool,
+                  eps: float, impl: str) -> Tensor:
+    """:func:`mmseg_kn.ops.kernel_norm2d`; only the output itself has the size of the units."""
+    input, geometry = pad(input, geometry), geometry._replace(padding=(0, 0, 0, 0))
+    x, passes = dense_like(input, input), passes_of(impl)
+    mask = passes.draw_mask(x, dropout_p) if training and dropout_p else None
+    if _takes_operator(impl, x):
+        mean, rstd, _ = _unit_moments(x, mask, geometry.kernel, geometry.stride, dropout_p,
+                                      training, eps, impl)
+    else:
+        setting = Options(geometry, 1, dropout_p, training).setting(x)
+        mean, rstd = passes.unit_moments(x, geometry, mask, dropout_p, setting.factor, eps,
+                                         setting.exact, False)[:2]
+    acc = accumulate_dtype(x.dtype)
+    mean, rstd = mean.to(acc).unsqueeze(1), rstd.to(acc).unsqueeze(1)
+    (kh, kw), (sh, sw) = geometry.kernel, geometry.stride
+    if (kh, kw, sh, sw) == (1, 1, 1, 1):
+        return ((x - mean) * rstd).to(x.dtype)
+    units = x.unfold(2, kh, sh).unfold(3, kw, sw)
+    units = (units - mean[..., None, None]) * rstd[..., None, None]
+    units = units.to(x.dtype).transpose(3, 4)
+    n, c, ho, _, wo, _ = units.shape
+    return units.reshape(n, c, ho * kh, wo * kw)

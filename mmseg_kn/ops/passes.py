@@ -1,0 +1,94 @@
+"""The contract between the closed form and its implementations.
+
+An implementation is a module with the five functions of :class:`Passes`, each of which reads or
+writes a full-size tensor once: :mod:`.fused` in torch operations, :mod:`.triton_passes` in
+kernels. N samples, C channels in, O channels out, units at Ho x Wo positions.
+"""
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .geometry import Geometry
+
+
+class Moments(NamedTuple):
+    """Statistics of the units, (N, Ho, Wo) each."""
+
+    mean: Tensor  # of the dropped input
+    rstd: Tensor  # (var + eps) ** -0.5
+    live: Tensor  # bool: the variance is above 0 and above its own rounding
+    undropped_mean: Tensor | None  # mean of the input itself, where it was asked for
+
+
+class Shift(NamedTuple):
+    """One product that is subtracted from the convolution's output: z -= of_channel * of_unit."""
+
+    of_channel: Tensor  # (O,)
+    of_unit: Tensor  # (N, Ho, Wo)
+
+
+class ScaledGrad(NamedTuple):
+    """h = dL/dy * rstd and its sums.
+
+    The two sums over channels are needed for dx only, and None where that is not wanted.
+    """
+
+    h: Tensor  # (N, O, Ho, Wo)
+    to_mean: Tensor | None  # sum_o h * sum(W)_o, (N, Ho, Wo)
+    to_var: Tensor | None  # sum_o h * z * rstd, (N, Ho, Wo)
+    of_mean: Tensor  # sum_{n, p} h * mean, (O,)
+    bias: Tensor  # sum_{n, p} dL/dy, (O,); no view, because an operator returns it
+
+
+class MomentGrads(NamedTuple):
+    """What the moments of the units send back to the elements of x, (N, Ho, Wo) each.
+
+    Summed by box^T and divided by K, they add unmasked + m * (constant + slope * x) to dx, with
+    m 0 where an element was dropped and 1 elsewhere.
+    """
+
+    constant: Tensor
+    slope: Tensor
+    unmasked: Tensor | None
+
+
+class Passes(Protocol):
+    """What an implementation offers.
+
+    ``mask`` is what it keeps of one draw of dropout, None where there is none. Only the
+    implementation that drew it can read it: one keeps the places of the dropped elements, the
+    other a seed.
+    """
+
+    def draw_mask(self, x: Tensor, dropout_p: float) -> Tensor:
+        """Draws which elements of x (N, C, H, W) are dropped, each with ``dropout_p``."""
+
+    def unit_moments(self, x: Tensor, geometry: Geometry, mask: Tensor | None, dropout_p: float,
+                     factor: float, eps: float, exact: bool,
+                     with_undropped_mean: bool) -> Moments:
+        """Moments of every unit of x (N, C, H, W); var = max(factor * E2 - mean ** 2, 0).
+
+        ``exact`` asks for sums that stay right where abs(mean) is much larger than the deviation.
+        """
+
+    def normalize(self, z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+                  shifts: list[Shift], relu: bool, inplace: bool) -> Tensor:
+        """(z - shifts) * scale + bias, plus ``residual`` or through relu.
+
+        z and residual are (N, O, Ho, Wo), scale (N, Ho, Wo), bias (O,). z may be overwritten where
+        ``inplace``.
+        """
+
+    def scale_grad(self, grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor,
+                   rstd: Tensor, weight_sum: Tensor, bias: Tensor | None, shifts: list[Shift],
+                   need_x: bool) -> ScaledGrad:
+        """Scales ``grad`` = dL/dy (N, O, Ho, Wo) and reduces it.
+
+        Exactly one of z and y is given: z, the convolution's output, from which the ``shifts``
+        are still to be subtracted; or, where the layer ends with a relu, its output y. Where y
+        is 0 the gradient is 0 too, and elsewhere z * rstd = y - bias.
+        """
+
+    def add_moment_grads(self, dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
+                         dropout_p: float, grads: MomentGrads) -> Tensor:
+        """Adds to dx (N, C, H, W), in place, what reaches x through the moments of its units."""
