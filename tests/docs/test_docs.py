@@ -200,7 +200,7 @@ def started(tmp_path_factory):
     for line in commands(page):
         if not re.match(r'(PYTHONPATH=\. )?python tools/', line):
             continue
-        config = re.search(r'\S+\.py(?= |$)', line.split('.py ', 1)[1])
+        config = re.search(r'\S+\.py(?= |$)', re.split(r'tools/\S+ ', line, maxsplit=1)[1])
         steps = re.search(r'iter_(\d+)\.pth', line)
         if steps:  # the page names the checkpoint that the config ends with
             last = re.search(r'max_iters ?= ?(\d+)', (folder / config[0]).read_text())
