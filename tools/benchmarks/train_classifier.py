@@ -14,8 +14,9 @@ are mmseg's ResNetV1c, for low resolution ResNet. The recipe is the authors' for
 18, shortened: SGD with momentum 0.9 and weight decay 5e-4; the learning rate falls along a cosine
 to a hundredth and begins with KN 0.05, BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN
 0.00078125 at batch 2 (other batch sizes: in proportion to the nearest of the two; other depths:
---lr). For LN, which they do not give, it is GN's. KN takes images in [0, 1], the others shifted
-and scaled by the training set's mean and standard deviation.
+--lr). LN runs at GN's rates; at batch 32 that is twice the 0.0125 that the authors give for LN. KN
+takes images in [0, 1], the others shifted and scaled by the training set's mean and standard
+deviation.
 
 The checkpoint's keys are mmpretrain's. But for --low-resolution, whose stem is another, it
 initialises a segmentor's backbone, in config or --cfg-options:
