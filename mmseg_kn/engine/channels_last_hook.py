@@ -1,9 +1,11 @@
 """Trains and tests any model with its feature maps in channels_last."""
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from torch.utils.hooks import RemovableHandle
+
+from .wrappers import unwrap
 
 
 def use_channels_last(model: BaseModel) -> RemovableHandle:
@@ -28,8 +30,7 @@ class ChannelsLastHook(Hook):
     """:func:`use_channels_last` for a whole training or test."""
 
     def before_run(self, runner) -> None:
-        model = runner.model
-        self.handle = use_channels_last(model.module if is_model_wrapper(model) else model)
+        self.handle = use_channels_last(unwrap(runner.model))
 
     def after_run(self, runner) -> None:
         self.handle.remove()

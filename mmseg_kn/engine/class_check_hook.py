@@ -3,9 +3,10 @@ import re
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .wrappers import unwrap
 
 
 def heads_of(model) -> dict:
@@ -28,12 +29,6 @@ def class_fault(name: str, number: int, split: str, classes, filename: str) -> s
             f'in model.{name} and {len(classes)} in {split}_dataloader ({shown}), config '
             f'{filename}; set model.{name}.num_classes={len(classes)}, or choose classes in the '
             'dataset by metainfo=dict(classes=...)')
-
-
-def _unwrapped(model):
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
 
 
 @HOOKS.register_module()
@@ -64,7 +59,7 @@ class ClassCheckHook(Hook):
         # A training may start from another head's checkpoint; what it is for is known later.
         weights = checkpoint.get('state_dict', checkpoint)
         given = {re.sub(r'^module\.', '', name): value for name, value in weights.items()}
-        own = {name: value for name, value in _unwrapped(runner.model).state_dict().items()
+        own = {name: value for name, value in unwrap(runner.model).state_dict().items()
                if name.startswith('decode_head.') and 'num_batches_tracked' not in name}
         unlike = [name for name, value in own.items()
                   if name not in given or given[name].shape != value.shape]
@@ -108,7 +103,7 @@ class ClassCheckHook(Hook):
         self._check_labels(data_batch)
 
     def _set_limit(self, runner) -> None:
-        head = next(iter(heads_of(_unwrapped(runner.model)).values()), None)
+        head = next(iter(heads_of(unwrap(runner.model)).values()), None)
         self.limit = head and (head.num_classes, head.ignore_index)
 
     def _check_labels(self, data_batch) -> None:
@@ -134,6 +129,6 @@ class ClassCheckHook(Hook):
         classes = (getattr(dataloader.dataset, 'metainfo', None) or {}).get('classes')
         if not classes:
             return
-        for name, head in heads_of(_unwrapped(runner.model)).items():
+        for name, head in heads_of(unwrap(runner.model)).items():
             if fault := class_fault(name, head.num_classes, split, classes, runner.cfg.filename):
                 raise ValueError(fault)

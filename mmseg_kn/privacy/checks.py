@@ -1,15 +1,16 @@
 """Refuses, before training, settings that would silently break the guarantee."""
 import os
 
-from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
-from mmengine.model import is_model_wrapper
+from mmengine.dataset import ClassBalancedDataset, RepeatDataset
 from mmseg.datasets import MultiImageMixDataset
 from mmseg.models.losses import BoundaryLoss, LovaszLoss, OhemCrossEntropy
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Subset
 
+from ..datasets.walk import walk
 from ..engine.iteration_seed_hook import IterationSeedHook
+from ..engine.wrappers import unwrap
 from .distributed import MMDPDistributedDataParallel
 from .loop import DPIterBasedTrainLoop
 from .optim_wrapper import DPOptimWrapper
@@ -38,7 +39,7 @@ def check_training(runner) -> None:
         _refuse('a compiled model calls no hooks, which clipping needs', 'compile=False')
     if runner.cfg.get('activation_checkpointing'):
         _refuse('activation checkpointing runs forward twice', 'activation_checkpointing=None')
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrap(runner.model)
     model.train()  # layers in the mode that training puts them in
     check_preprocessor(model.data_preprocessor)
     check_dataset(runner.train_dataloader.dataset)
@@ -96,20 +97,18 @@ def check_preprocessor(preprocessor: nn.Module) -> None:
 
 def check_dataset(dataset) -> None:
     """Refuses data in which one image can come twice into a batch."""
-    dataset = getattr(dataset, '_dataset', dataset)  # num_batch_per_epoch takes a slice of it
+    for part in walk(dataset):
+        _check_part(part)
+
+
+def _check_part(dataset) -> None:
+    kind = type(dataset).__name__
     if isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):
-        _refuse(f'{type(dataset).__name__} gives an image several chances to be drawn',
-                'the dataset itself')
+        _refuse(f'{kind} gives an image several chances to be drawn', 'the dataset itself')
     if isinstance(dataset, MultiImageMixDataset):
-        _refuse('MultiImageMixDataset mixes images, so that one touches many items',
-                'the dataset itself')
-    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [
-        dataset.dataset] if hasattr(dataset, 'dataset') else []
-    for part in parts:
-        check_dataset(part)
+        _refuse(f'{kind} mixes images, so that one touches many items', 'the dataset itself')
     if getattr(dataset, 'max_refetch', 0):
-        _refuse(f'{type(dataset).__name__} takes another image where one fails',
-                'max_refetch=0')
+        _refuse(f'{kind} takes another image where one fails', 'max_refetch=0')
     if isinstance(dataset, Subset):
         paths = list(dataset.indices)
     elif hasattr(dataset, 'get_data_info'):

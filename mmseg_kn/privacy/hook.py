@@ -1,8 +1,8 @@
 """Attaches privacy to a training, logs what is spent, keeps it in checkpoints."""
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from ..engine.wrappers import unwrap
 from .checks import check_training
 from .probe import check_batch
 from .randomness import seed_secretly
@@ -53,7 +53,7 @@ class DPHook(Hook):
         seed_secretly()
         loop, wrapper = runner.train_loop, runner.optim_wrapper
         sampler = loop.dataloader.batch_sampler
-        wrapper.attach(_bare(runner.model), sample_rate=sampler.sample_rate,
+        wrapper.attach(unwrap(runner.model), sample_rate=sampler.sample_rate,
                        batch_size=sampler.batch_size, steps=loop.max_iters,
                        num_items=len(loop.dataloader.dataset), state=self.state)
         self.interval = next((h.interval for h in runner.hooks if isinstance(h, LoggerHook)), 50)
@@ -77,7 +77,7 @@ class DPHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         self.probe_due |= self.every_n_train_iters(runner, self.probe_interval)
         if self.probe_due and data_batch['inputs']:
-            check_batch(_bare(runner.model), runner.optim_wrapper, data_batch)
+            check_batch(unwrap(runner.model), runner.optim_wrapper, data_batch)
             self.probe_due = False
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -91,7 +91,3 @@ class DPHook(Hook):
             if name.startswith('train/') and name.removeprefix('train/') not in _PUBLIC:
                 del scalars[name]
         checkpoint['message_hub']['runtime_info'].pop('eta', None)  # tells sizes of batches
-
-
-def _bare(model):
-    return model.module if is_model_wrapper(model) else model

@@ -8,6 +8,8 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
+from ..datasets.walk import walk
+
 
 @DATA_SAMPLERS.register_module()
 class PoissonBatchSampler:
@@ -68,12 +70,12 @@ def split_batch(data_batch: dict, size: int | None) -> list[dict]:
 
 def forbid_refetch(dataset_cfg: dict) -> None:
     """Makes an image that cannot be used an error; mmengine would take another one for it."""
-    for part in dataset_cfg.get('datasets', [dataset_cfg.get('dataset')]):
-        if part is not None:
-            forbid_refetch(part)
-    kind = dataset_cfg['type']
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(None) as registry:  # mmseg's, as a rule
-            kind = registry.get(kind)
-    if isinstance(kind, type) and issubclass(kind, BaseDataset):
-        dataset_cfg['max_refetch'] = 0
+    for part in walk(dataset_cfg):
+        if not isinstance(part, dict):  # built already; DPHook refuses it if it takes another
+            continue
+        kind = part['type']
+        if isinstance(kind, str):
+            with DATASETS.switch_scope_and_registry(None) as registry:  # mmseg's, as a rule
+                kind = registry.get(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseDataset):
+            part['max_refetch'] = 0

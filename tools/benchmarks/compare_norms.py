@@ -45,6 +45,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS
 
+from mmseg_kn.datasets.walk import innermost
+
 TRAIN = Path(__file__).parents[1] / 'train.py'
 TELL_SECONDS = 60
 
@@ -94,15 +96,6 @@ def load(path: str, args: argparse.Namespace) -> Config:
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     return cfg
-
-
-def innermost(dataset: Config):
-    """The datasets within wrappers such as RepeatDataset and ConcatDataset."""
-    inside = dataset.get('datasets') or ([dataset.dataset] if 'dataset' in dataset else [])
-    for part in inside:
-        yield from innermost(part)
-    if not inside:
-        yield dataset
 
 
 def rescale(cfg: Config, batch_size: int) -> None:

@@ -24,6 +24,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_kn.datasets import KNCityscapesDataset
 from mmseg_kn.datasets.file_checks import rules_of, scan
+from mmseg_kn.datasets.walk import innermost, walk
 from mmseg_kn.engine.class_check_hook import class_fault
 
 SPLITS = ('train', 'val', 'test')
@@ -49,22 +50,11 @@ def parse_args() -> argparse.Namespace:
 
 def leave_checks(cfg) -> None:
     """Lets our datasets, within wrappers too, take what is to be listed here."""
-    if isinstance(cfg, (list, tuple)):
-        for part in cfg:
-            leave_checks(part)
-    elif isinstance(cfg, dict):
-        kind = cfg.get('type')
+    for part in walk(cfg):
+        kind = part.get('type')
         kind = DATASETS.get(kind) if isinstance(kind, str) else kind
         if isinstance(kind, type) and issubclass(kind, KNCityscapesDataset):
-            cfg['check_files'] = False
-        for key in ('dataset', 'datasets'):
-            leave_checks(cfg.get(key))
-
-
-def parts_of(dataset) -> list:
-    """The datasets within ConcatDataset, RepeatDataset and others that wrap."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    return [part for d in inner for part in parts_of(d)] if inner[0] is not None else [dataset]
+            part['check_files'] = False
 
 
 def share_lines(pixels: np.ndarray, rules) -> list[str]:
@@ -156,7 +146,7 @@ def main() -> None:
             print(f'{split}\nproblems: 1\n  {error}')
             problems += 1
             continue
-        parts = parts_of(dataset)
+        parts = innermost(dataset)
         for i, part in enumerate(parts):
             problems += check(split + f'[{i}]' * (len(parts) > 1), part, cfg, args)
     sys.exit(problems > 0)
