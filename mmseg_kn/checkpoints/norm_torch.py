@@ -6,10 +6,6 @@ optimizer, the schedule, and the command line as an ``argparse.Namespace``.
 """
 import argparse
 import functools
-import hashlib
-import io
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from .._version import __version__
 from ..models.knresnet import Block, Transition
 from ..models.knresnet_cls import KNResNetClassifier
 from .diagnose import owner_of
+from .files import save_with_hash, sha256
 from .safe_load import load_from_local
 
 DEPTHS = (18, 34, 50)  # that norm-torch has
@@ -143,7 +140,7 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
 
     Args:
         src: File of norm-torch, its weights under ``model``; or a bare state dict.
-        dst: File to write, see :func:`save_with_hash`.
+        dst: File to write, see :func:`.files.save_with_hash`.
         classifier: See :func:`convert_norm_torch`.
 
     Returns:
@@ -173,47 +170,5 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
         raise ValueError(f'{src} cannot be converted: {error}') from None
 
     depth = norm_torch_depth(state_dict)
-    meta = dict(source_sha256=_sha256(src), depth=depth, mmseg_kn_version=__version__)
+    meta = dict(source_sha256=sha256(src), depth=depth, mmseg_kn_version=__version__)
     return save_with_hash(dict(meta=meta, state_dict=weights), dst), depth
-
-
-def save_with_hash(checkpoint: dict, dst: str | Path) -> Path:
-    """Saves a checkpoint all at once, under a name that tells its contents.
-
-    Args:
-        checkpoint: What to save.
-        dst: File to write, ``NAME.pth``; it is called ``NAME-HASH.pth``, with the first eight
-            digits of its own SHA-256. Its folder is made if need be.
-
-    Returns:
-        The file written.
-
-    Raises:
-        ValueError: ``dst`` does not end in ``.pth``.
-    """
-    dst = Path(dst).expanduser()
-    if dst.suffix != '.pth':
-        raise ValueError(f'the name of a checkpoint ends in .pth, got {dst}')
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    digits = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
-    path = dst.with_name(f'{dst.stem}-{digits}.pth')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=path.name, suffix='.part', dir=path.parent)
-    try:
-        with open(descriptor, 'wb') as file:
-            file.write(buffer.getbuffer())
-        os.chmod(part, 0o644)  # mkstemp lets nobody else read it
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-    return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -14,31 +14,18 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 
+from ..checkpoints.files import PART, write_atomically
 from ..checkpoints.safe_load import check_members, shown
-
-_PART = '.part'
 
 
 class AtomicBackend(LocalBackend):
     """mmengine's ``LocalBackend`` whose ``put`` leaves a whole file or none, named ``atomic``.
 
-    Written to ``NAME.part``, flushed to the disk, then renamed. A kill leaves ``NAME.part``; an
-    error removes it.
+    See :func:`mmseg_kn.checkpoints.files.write_atomically`: a kill leaves ``NAME.part``.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        part = f'{filepath}{_PART}'
-        os.makedirs(osp.dirname(part) or '.', exist_ok=True)
-        try:
-            with open(part, 'wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, filepath)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.remove(part)
-            raise
+        write_atomically(filepath, obj)
 
 
 register_backend('atomic', AtomicBackend, force=True)  # mmseg_kn may be imported anew
@@ -110,7 +97,7 @@ class SafeCheckpointHook(CheckpointHook):
                 if path != named:
                     runner.logger.warning(f'{pointer} named {named}; resuming from {path}, the '
                                           'newest that is whole')
-                    AtomicBackend().put(path.encode(), pointer)
+                    write_atomically(pointer, path.encode())
                 return
             runner.logger.warning(f'{path} is damaged or half-written and is skipped ({damage}); '
                                   'it can be deleted')
@@ -165,7 +152,7 @@ class SafeCheckpointHook(CheckpointHook):
             os.makedirs(self.out_dir, exist_ok=True)
             if not os.access(self.out_dir, os.W_OK):
                 raise PermissionError(errno.EACCES, 'Permission denied', self.out_dir)
-        for part in Path(self.out_dir).glob(f'*.pth{_PART}'):
+        for part in Path(self.out_dir).glob(f'*.pth{PART}'):
             runner.logger.warning(f'{part} was left by a training that was killed while it wrote '
                                   'it, and is deleted')
             part.unlink()

@@ -45,6 +45,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS
 
+from mmseg_kn.checkpoints.files import write_atomically
 from mmseg_kn.datasets.walk import innermost
 
 TRAIN = Path(__file__).parents[1] / 'train.py'
@@ -184,9 +185,7 @@ def run(cell: Path, cfg: Config) -> dict:
         if not result['loss'] or not result['miou'] or result['miou'][-1][0] != end:
             result['error'] = (f'no loss, or no mIoU of iteration {end}, in the log; see '
                                'train_cfg.val_interval and val_evaluator')
-    part = cell / 'result.json.part'
-    part.write_text(json.dumps(result))
-    part.replace(cell / 'result.json')
+    write_atomically(cell / 'result.json', json.dumps(result).encode())
     return result
 
 

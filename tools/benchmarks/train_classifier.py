@@ -47,6 +47,8 @@ import mmseg_kn
 # isort: split
 from mmseg.models.backbones import ResNet, ResNetV1c
 
+from mmseg_kn.checkpoints.files import write_atomically
+
 NORM_CFGS = dict(BN=dict(type='BN'), GN=dict(type='GN', num_groups=32),
                  LN=dict(type='GN', num_groups=1))
 LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
@@ -285,9 +287,7 @@ def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: 
               f'CPU, {torch.get_num_threads()} threads')
     result = dict(settings, accuracy=round(accuracy, 2), seconds=round(time.time() - start),
                   torch=torch.__version__, device=device)
-    part = file.with_suffix('.part')
-    part.write_text(json.dumps(result))
-    part.replace(file)
+    write_atomically(file, json.dumps(result).encode())
     print(f'{checkpoint}: {accuracy:.1f} %')
     return result
 

@@ -4,7 +4,7 @@ import argparse
 import numpy as np
 from torch import Tensor
 
-from mmseg_kn.checkpoints.norm_torch import save_with_hash
+from mmseg_kn.checkpoints.files import save_with_hash
 
 # isort: split
 from mmengine.runner import CheckpointLoader  # which mmseg_kn keeps from unpickling freely
