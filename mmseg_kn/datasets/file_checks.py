@@ -2,12 +2,15 @@
 import io
 import os
 import struct
+import tempfile
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from mmcv.transforms import LoadAnnotations, LoadImageFromFile
+from mmcv.transforms import LoadAnnotations as MMCVLoadAnnotations
+from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
+from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
 _PNG = b'\x89PNG\r\n\x1a\n'
@@ -66,20 +69,20 @@ def rules_of(dataset) -> Rules:
     parts = list(transforms_of(dataset.pipeline.transforms))
     loaders = [t.color_type for t in parts if isinstance(t, LoadImageFromFile)]
     classes = dataset.metainfo.get('classes')
-    index = None
-    if classes is not None:
-        # as mmseg's LoadAnnotations has it
-        index = np.arange(256, dtype=np.uint8)
-        if getattr(dataset, 'reduce_zero_label', False):
-            index[0] = 255
-            index -= 1
-            index[index == 254] = 255
-        before = index.copy()
-        for old, new in (getattr(dataset, 'label_map', None) or {}).items():
-            index[before == old] = new
     return Rules(loaders[0] if loaders else None,
-                 any(isinstance(t, LoadAnnotations) for t in parts), index, classes or (),
+                 any(isinstance(t, MMCVLoadAnnotations) for t in parts),
+                 None if classes is None else _index_of(dataset), classes or (),
                  getattr(dataset, 'ignore_index', 255))
+
+
+def _index_of(dataset) -> np.ndarray:
+    """What mmseg makes of the 256 values: it loads a label file that holds each of them once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'label.png')
+        Image.fromarray(np.arange(256, dtype=np.uint8)[None]).save(path)
+        return LoadAnnotations()(dict(
+            seg_map_path=path, seg_fields=[], label_map=getattr(dataset, 'label_map', None),
+            reduce_zero_label=getattr(dataset, 'reduce_zero_label', False)))['gt_seg_map']
 
 
 def read_header(file: BinaryIO) -> Header:

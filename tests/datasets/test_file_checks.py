@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
+from mmseg.datasets import BaseSegDataset
 from PIL import Image
 from program import ROOT, execute
 from short_training import SHORT
@@ -309,22 +310,22 @@ def test_headers_of_jpegs(tmp_path):
         read_header(file)
 
 
-def test_label_values_become_what_mmseg_makes_of_them(tmp_path):
-    from mmengine.registry import init_default_scope
-    from mmseg.datasets import BaseSegDataset
-    from mmseg.datasets.transforms import LoadAnnotations
-    init_default_scope('mmseg')
-    path = tmp_path / 'label.png'
-    cv2.imwrite(str(path), np.arange(256, dtype=np.uint8)[None])
-
+@pytest.mark.parametrize('zero, classes, expected', [
+    (False, 'abcde', {value: value for value in range(256)}),
+    (True, 'abcde', {0: 255, **{value: value - 1 for value in range(1, 255)}, 255: 255}),
+    (False, 'da', {0: 1, 1: 255, 2: 255, 3: 0, 4: 255,
+                   **{value: value for value in range(5, 256)}}),
+    (True, 'da', {0: 255, 1: 1, 2: 255, 3: 255, 4: 0, 5: 255,
+                  **{value: value - 1 for value in range(6, 255)}, 255: 255}),
+])
+def test_label_values_become_what_mmseg_makes_of_them(zero, classes, expected):
     class Five(BaseSegDataset):
         METAINFO = dict(classes=tuple('abcde'), palette=[[0, 0, 0]] * 5)
 
-    for zero in (False, True):
-        for classes in ('abcde', 'da'):
-            dataset = Five(metainfo=dict(classes=tuple(classes)), reduce_zero_label=zero,
-                           lazy_init=True)
-            results = dict(seg_map_path=str(path), reduce_zero_label=zero,
-                           label_map=dataset.label_map, seg_fields=[])
-            loaded = LoadAnnotations()(results)['gt_seg_map'].ravel()
-            assert np.array_equal(rules_of(dataset).index, loaded)
+    dataset = Five(metainfo=dict(classes=tuple(classes)), reduce_zero_label=zero, lazy_init=True)
+    index = rules_of(dataset).index
+    assert index.dtype == np.uint8 and dict(enumerate(index.tolist())) == expected
+
+
+def test_without_classes_no_value_is_judged():
+    assert rules_of(BaseSegDataset(lazy_init=True)).index is None
