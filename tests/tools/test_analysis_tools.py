@@ -1,7 +1,6 @@
 """Complexity, speed and pictures of a config, and a checkpoint to publish, as a user gets them."""
 import csv
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import pseudo_collate
-from program import ROOT, execute
+from program import ROOT, execute, load_tool
 from torch.utils.flop_counter import FlopCounterMode
 from toy_cityscapes import generate
 
@@ -52,13 +51,6 @@ def trained(tmp_path_factory, options):
             'train_cfg.max_iters=1', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=1',
             'default_hooks.checkpoint.interval=1', cwd=work)
     return work / 'iter_1.pth'
-
-
-def load_tool(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Tally:

@@ -1,6 +1,5 @@
 """The grid of configs, batch sizes and seeds, run as a user runs it."""
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
-from program import ROOT
+from program import ROOT, load_tool
 from torch.nn.modules.batchnorm import _BatchNorm
 from toy_cityscapes import generate
 
@@ -34,10 +33,7 @@ KN, BN = (f'deeplabv3_{name}-d8_{SCHEDULE}' for name in ('knr18', 'r18'))
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('compare_norms', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOL)
 
 
 @pytest.fixture(scope='module')

@@ -1,11 +1,10 @@
 """What the tool reports of the first iterations, and how it counts windows without variance."""
-import importlib.util
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from program import ROOT, execute
+from program import ROOT, execute, load_tool
 from toy_cityscapes import generate
 
 from mmseg_kn import KNConv2d
@@ -21,9 +20,7 @@ CONFIG = ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-12
     dict(kernel_size=3, stride=2, padding=1),
 ])
 def test_flat_share_counts_windows_below_eps(kwargs):
-    spec = importlib.util.spec_from_file_location('probe_stability', TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool(TOOL)
     torch.manual_seed(0)
     x = torch.rand(2, 3, 17, 15)
     x[:, :, :9] = 0.5  # flat but at the padding

@@ -1,6 +1,5 @@
 """From street scenes to crops to a classifier to a segmentor's backbone, through the tools."""
 import csv
-import importlib.util
 import shutil
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
-from program import ROOT, execute
+from program import ROOT, execute, load_tool
 from torch import nn
 from toy_cityscapes import generate
 
@@ -125,10 +124,7 @@ def test_learns_and_repeats_nothing(stripes, tmp_path):
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('tool', TOOLS / 'train_classifier.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOLS / 'train_classifier.py')
 
 
 @pytest.mark.parametrize(('norm', 'twin'), [

@@ -6,7 +6,7 @@ from program import execute
 
 
 @pytest.mark.parametrize('module', [
-    'mmseg_kn.models.layers', 'compare_norms', 'tool', 'mmseg_script'
+    'mmseg_kn.models.layers', 'compare_norms', 'config_args', 'mmseg_script', 'shared'
 ])
 def test_ours_are_errors(module):
     with pytest.raises(DeprecationWarning):

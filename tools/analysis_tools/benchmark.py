@@ -9,11 +9,11 @@ few that warm up. Without a checkpoint the weights are random: they do not matte
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
@@ -22,20 +22,22 @@ import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 from mmseg.apis import init_model
 from mmseg.registry import DATASETS
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
+
 WARMUP, MOST = 5, 200
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='test config file path')
+    add_config_args(parser, 'test config file path')
     parser.add_argument('checkpoint', nargs='?', help='checkpoint file')
     parser.add_argument('--log-interval', type=int, default=50, help='images (%(default)s)')
     parser.add_argument('--work-dir', type=Path, help='folder to write fps_TIME.json to')
     parser.add_argument('--repeat-times', type=int, default=1, help='(%(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of the config, as in test.py')
     args = parser.parse_args()
     if min(args.log_interval, args.repeat_times) < 1:
         parser.error('--log-interval and --repeat-times must be positive')
@@ -61,9 +63,7 @@ def wait_for(device: torch.device) -> None:
 
 def main() -> None:
     args = parse_args()
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     model = init_model(cfg, args.checkpoint, device=args.device)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     number = min(MOST, len(dataset))

@@ -1,11 +1,12 @@
 """Draws image, truth and prediction of a few test images side by side, with a legend."""
 import argparse
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
@@ -14,16 +15,18 @@ import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 from mmseg.apis import init_model
 from mmseg.registry import DATASETS
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='test config file path')
+    add_config_args(parser, 'test config file path')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', required=True, help='picture to write, e.g. scenes.png')
     parser.add_argument('--num', type=int, default=4, help='how many images (%(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of the config, as in test.py')
     args = parser.parse_args()
     if args.num < 1:
         parser.error(f'--num must be at least 1, got {args.num}')
@@ -40,9 +43,7 @@ def colourize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
 def main() -> None:
     args = parse_args()
     plt.switch_backend('Agg')  # needs no screen
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     model = init_model(cfg, args.checkpoint, device=args.device)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     palette = np.array(dataset.metainfo['palette'], np.uint8)

@@ -17,11 +17,11 @@ Not counted: other normalizations, activations, pooling, resizing, residual sums
         configs/deeplabv3/deeplabv3_knr18-d8_4xb2-40k_cityscapes-512x1024.py --shape 512 1024
 """
 import argparse
+import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,16 +32,18 @@ from mmseg_kn.ops.geometry import make_geometry
 from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import MODELS
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file path')
+    add_config_args(parser, 'config file path')
     parser.add_argument('--shape', type=int, nargs='+', default=[512, 1024],
                         metavar=('H', 'W'),
                         help='size of the image, one number for a square (512 1024)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of the config')
     args = parser.parse_args()
     if len(args.shape) > 2 or min(args.shape) < 1:
         parser.error(f'--shape takes height and width, positive numbers, got {args.shape}')
@@ -94,12 +96,9 @@ def parameters(module: nn.Module) -> int:
 
 def main() -> None:
     args = parse_args()
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     if 'decode_head' not in cfg.model:
         raise SystemExit(f'{args.config} has no model.decode_head: not a segmentor')
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
     with torch.device('meta'):
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
         image = torch.empty(1, cfg.model.backbone.get('in_channels', 3), *args.shape)

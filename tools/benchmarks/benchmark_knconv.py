@@ -11,17 +11,13 @@ both measured at the start of the run.
     python tools/benchmarks/benchmark_knconv.py --out knconv.csv
 """
 import argparse
-import csv
 import math
-import platform
 import statistics
 import time
-from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from shared import device_name, saved_bytes, spread, versions, write_csv
 from torch import Tensor, nn
 
 import mmseg_kn
@@ -137,24 +133,6 @@ class Timer:
         return events[0].elapsed_time(events[1]), peak / 2**20
 
 
-def saved_bytes(module: nn.Module, x: Tensor, call=None) -> int:
-    """Bytes that the backward pass of ``call(x)`` keeps: distinct storages, not the parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = (call or module)(x)
-        # the next layer's input, which a following convolution would save
-        storages[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
 def measure_peaks(args: argparse.Namespace) -> tuple[float, float]:
     """Multiply-adds per ms of a large 1x1 convolution, and bytes per ms of a large copy."""
     timer, channels = Timer(args.device), 4096 if args.device.type == 'cuda' else 1024
@@ -234,24 +212,6 @@ def measure(shape: tuple, batch: int, args: argparse.Namespace) -> dict:
     return results
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU, or the CPU and the threads in use."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
-             if line.startswith('model name')] if info.exists() else []
-    return f'{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads'
-
-
-def versions() -> dict[str, str]:
-    found = dict(torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
-    if torch.cuda.is_available():
-        found.update(cuda=torch.version.cuda, cudnn=str(torch.backends.cudnn.version()),
-                     triton=metadata.version('triton') if find_spec('triton') else '')
-    return found
-
-
 def describe(args: argparse.Namespace) -> dict[str, str]:
     probe = torch.empty(1, 1, 1, 1, device=args.device, dtype=args.dtype)
     return dict(device=device_name(args.device), dtype=str(args.dtype).removeprefix('torch.'),
@@ -296,12 +256,10 @@ def main() -> None:
             for (row, mode), samples in results.items():
                 if mode == 'saved':
                     continue
-                times = sorted(s[0] for s in samples)
-                low, _, _, high = statistics.quantiles(times, n=5, method='inclusive')
                 compute, memory = floors(shape, batch, row, mode, peaks, args.dtype.itemsize)
                 table.append(dict(
                     **setting, shape=name, batch=batch, row=row, mode=mode,
-                    median_ms=f'{median(samples):.3f}', p20_ms=f'{low:.3f}', p80_ms=f'{high:.3f}',
+                    **spread([s[0] for s in samples], 3),
                     peak_mib='' if math.isnan(samples[0][1]) else f'{samples[0][1]:.1f}',
                     saved_mib=f'{results[row, "saved"] / 2**20:.2f}',
                     compute_floor_ms='' if compute is None else f'{compute:.3f}',
@@ -324,10 +282,7 @@ def main() -> None:
             print(f'{title:64} {statistics.geometric_mean(values):6.3f}  '
                   f'({min(values):.2f} .. {max(values):.2f})')
     if args.out:
-        with open(args.out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, table[0].keys())
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(table, args.out)
         print(f'written to {args.out}')
 
 

@@ -12,23 +12,19 @@ training.
         configs/deeplabv3/deeplabv3_r18-d8_1xb2-400_camvid-160x160.py --shape 256 512
 """
 import argparse
-import csv
 import logging
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
 from mmengine.structures import PixelData
-from mmengine.utils import import_modules_from_strings
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
 # isort: split
-from benchmark_knconv import device_name, saved_bytes, versions
 from mmengine.optim import build_optim_wrapper
 from mmseg.apis import init_model
 from mmseg.structures import SegDataSample
@@ -36,11 +32,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmseg_kn.engine.channels_last_hook import use_channels_last
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
+from shared import (  # noqa: E402
+    device_name,
+    giga_multiply_adds,
+    saved_bytes,
+    spread,
+    versions,
+    write_csv,
+)
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', help='ratios are to the last one')
+    add_config_args(parser, 'ratios are to the last one', several=True)
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), default=(512, 1024),
                         help='crop size (%(default)s)')
     parser.add_argument('--batch-size', type=int, default=2, help='images per step (%(default)s)')
@@ -51,8 +59,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--profile', type=int, default=0, metavar='OPS',
                         help='print how a training step divides among so many operators')
     parser.add_argument('--out', help='CSV to write')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of every config')
     args = parser.parse_args()
     args.device = torch.device(args.device)
     if args.rounds < 3:
@@ -65,9 +71,7 @@ class Contender:
 
     def __init__(self, path: str, args: argparse.Namespace) -> None:
         self.name = Path(path).stem
-        cfg = Config.fromfile(path)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
+        cfg = load_config(path, args.cfg_options)
         # training crops are sized already
         cfg.model.data_preprocessor.size = tuple(args.shape)
         cfg.model.test_cfg = dict(mode='whole')
@@ -77,7 +81,6 @@ class Contender:
         wrapper = dict(cfg.optim_wrapper)
         if args.amp:
             wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
-        import_modules_from_strings(**cfg.custom_imports)
         private = wrapper['type'] == 'DPOptimWrapper'
         if private:
             wrapper.update(target_epsilon=None, noise_multiplier=1.0)
@@ -126,9 +129,7 @@ class Contender:
         """Of the backbone's convolutions for one image, in 10 ** 9."""
         self.model.eval()
         image = self.model.data_preprocessor(self.batch, training=True)['inputs'][:1]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.model.backbone(image)
-        return counter.get_total_flops() / 2e9
+        return giga_multiply_adds(lambda: self.model.backbone(image))
 
 
 def timed(call, device: torch.device) -> tuple[float, float | None]:
@@ -196,7 +197,6 @@ def main() -> None:
         macs, saved = contender.multiply_adds(), contender.saved_mib()
         for mode in ('train', 'infer'):
             times = [s[0] for s in samples[j, mode]]
-            low, _, _, high = statistics.quantiles(times, n=5, method='inclusive')
             median = statistics.median(times)
             base = statistics.median(s[0] for s in samples[len(contenders) - 1, mode])
             peak = samples[j, mode][-1][1]
@@ -207,8 +207,7 @@ def main() -> None:
                              height=args.shape[0], width=args.shape[1],
                              dtype='bfloat16 AMP' if args.amp else 'float32',
                              layout='channels_last' if args.channels_last else 'channels_first',
-                             median_ms=f'{median * 1e3:.1f}', p20_ms=f'{low * 1e3:.1f}',
-                             p80_ms=f'{high * 1e3:.1f}',
+                             **spread([1e3 * seconds for seconds in times], 1),
                              images_per_s=f'{args.batch_size / median:.3f}',
                              saved_mib=f'{saved:.0f}' if mode == 'train' else '',
                              peak_mib='' if peak is None else f'{peak:.0f}',
@@ -217,15 +216,12 @@ def main() -> None:
     print(f'{"config":{width}}  step   median ms (20 .. 80 %)     images/s  saved MiB  peak MiB  '
           'backbone GMAC  ratio')
     for row in rows:
-        spread = f'{row["median_ms"]} ({row["p20_ms"]} .. {row["p80_ms"]})'
-        print(f'{row["config"]:{width}}  {row["step"]:5}  {spread:25} {row["images_per_s"]:>9} '
+        times = f'{row["median_ms"]} ({row["p20_ms"]} .. {row["p80_ms"]})'
+        print(f'{row["config"]:{width}}  {row["step"]:5}  {times:25} {row["images_per_s"]:>9} '
               f'{row["saved_mib"] or "-":>10} {row["peak_mib"] or "-":>9} '
               f'{row["backbone_gmacs"]:>14} {row["ratio"]:>6}')
     if args.out:
-        with open(args.out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, args.out)
         print(f'written to {args.out}')
     if args.profile:
         print_profile(contenders, args)

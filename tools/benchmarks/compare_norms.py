@@ -7,7 +7,7 @@ is reported as failed.
 
 From a config's own batch size B0, batch size B takes lr * B / B0 and iterations * B0 / B (likewise
 eta_min, and every interval): each cell sees as many images. --lrs gives each config a learning
-rate of its own, for a comparison of each at its best.
+rate of its own, for a comparison of each at its best. All this comes after --cfg-options.
 
     CAMVID=1xb2-400_camvid-160x160
     python tools/benchmarks/compare_norms.py \\
@@ -18,8 +18,6 @@ In --work-dir: results.csv (a line for each cell), table.md and table.csv, figur
 """
 import argparse
 import copy
-import csv
-import hashlib
 import json
 import os
 import signal
@@ -33,20 +31,22 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
+from mmengine.config import Config
 from scipy.stats import ttest_1samp
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmseg_kn
 
 # isort: split
 from mmengine.model import revert_sync_batchnorm
-from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS
 
 from mmseg_kn.checkpoints.files import write_atomically
 from mmseg_kn.datasets.walk import innermost
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, merge_options  # noqa: E402
+from shared import device_name, giga_multiply_adds, markdown, short_hash, write_csv  # noqa: E402
 
 TRAIN = Path(__file__).parents[1] / 'train.py'
 TELL_SECONDS = 60
@@ -55,7 +55,7 @@ TELL_SECONDS = 60
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', help='differences are to the first')
+    add_config_args(parser, 'differences are to the first', several=True)
     parser.add_argument('--batch-sizes', nargs='+', type=int,
                         help="images an iteration; by default each config's own")
     parser.add_argument('--lrs', nargs='+', type=float,
@@ -68,9 +68,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--data-root', help='in place of that of the configs')
     parser.add_argument('--retry-failed', action='store_true',
                         help='run cells again that have failed with the same config')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of every config, before batch size and '
-                        'schedule are scaled')
     args = parser.parse_args()
     for path in args.configs:
         if not Path(path).is_file():
@@ -94,9 +91,7 @@ def load(path: str, args: argparse.Namespace) -> Config:
         for split in ('train', 'val', 'test'):
             for dataset in innermost(cfg[f'{split}_dataloader'].dataset):
                 dataset.data_root = args.data_root
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    return cfg
+    return merge_options(cfg, args.cfg_options)
 
 
 def rescale(cfg: Config, batch_size: int) -> None:
@@ -128,8 +123,8 @@ def rescale(cfg: Config, batch_size: int) -> None:
 def folder_of(cfg: Config) -> str:
     """Names a cell: no other settings share its folder."""
     settings = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
-    digits = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    return f'b{cfg.train_dataloader.batch_size}_s{cfg.randomness.seed}-{digits}'
+    seed = cfg.randomness.seed
+    return f'b{cfg.train_dataloader.batch_size}_s{seed}-{short_hash(settings)}'
 
 
 def grid(configs: dict[str, Config], batch_sizes: list[int] | None, seeds: list[int],
@@ -171,10 +166,8 @@ def run(cell: Path, cfg: Config) -> dict:
         except BaseException:
             process.kill()
             raise
-    device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
-              f'CPU, {torch.get_num_threads()} threads')
     result = dict(seconds=round(time.time() - start), resident_mib=usage.ru_maxrss >> 10,
-                  device=device, torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
+                  device=device_name(), torch=torch.__version__, mmseg_kn=mmseg_kn.__version__)
     code = os.waitstatus_to_exitcode(status)
     if code:
         lines = (cell / 'train.log').read_text().strip().splitlines()
@@ -224,13 +217,10 @@ def progress(cell: Path, end: int) -> str:
 
 def complexity(cfg: Config) -> tuple[float, float]:
     """Parameters in 10 ** 6, and multiply-adds of one training crop in 10 ** 9."""
-    init_default_scope(cfg.default_scope)
-    import_modules_from_strings(**cfg.get('custom_imports', dict(imports=[])))
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
     size = cfg.model.data_preprocessor.get('size') or cfg.get('crop_size', (512, 1024))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.rand(1, 3, *size), mode='tensor')
-    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
+    macs = giga_multiply_adds(lambda: model(torch.rand(1, 3, *size), mode='tensor'))
+    return sum(p.numel() for p in model.parameters()) / 1e6, macs
 
 
 def summary(groups: dict, lrs: dict, sizes: dict, first: str) -> list[dict]:
@@ -258,14 +248,6 @@ def summary(groups: dict, lrs: dict, sizes: dict, first: str) -> list[dict]:
             'parameters, M': f'{parameters:.1f}', 'GMAC': f'{macs:.1f}',
             'failed': '; '.join(sorted({r['error'] for r in cells.values() if 'error' in r}))})
     return rows
-
-
-def markdown(rows: list[dict]) -> str:
-    """Without columns that are empty throughout."""
-    heads = [head for head in rows[0] if any(row[head] != '' for row in rows)]
-    lines = [heads, ['---'] * len(heads),
-             *([str(row[head]).replace('|', '/') for head in heads] for row in rows)]
-    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 
 
 def short(names: list[str]) -> dict[str, str]:
@@ -339,13 +321,6 @@ def cells_of(groups: dict, lrs: dict) -> list[dict]:
                 seconds=r['seconds'], error=r.get('error', ''), torch=r.get('torch', ''),
                 mmseg_kn=r.get('mmseg_kn', ''), device=r.get('device', '')))
     return rows
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:

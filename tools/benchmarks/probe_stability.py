@@ -20,13 +20,14 @@ import argparse
 import logging
 import math
 import statistics
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -34,16 +35,18 @@ from mmseg_kn import KNConv2d
 from mmseg_kn.engine.stem_signal_hook import signal_share
 from mmseg_kn.ops.geometry import make_geometry, pad
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='train config file path')
+    add_config_args(parser, 'train config file path')
     parser.add_argument('--iterations', type=int, default=30, help='(%(default)s)')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2],
                         help='(%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of the config, as in train.py')
     args = parser.parse_args()
     if args.iterations < 5:
         parser.error(f'--iterations must be at least 5, got {args.iterations}')
@@ -89,9 +92,7 @@ class Probe(Hook):
 
 
 def train(config: str, seed: int, args: argparse.Namespace) -> Probe:
-    cfg = Config.fromfile(config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = load_config(config, args.cfg_options)
     cfg.train_cfg.update(max_iters=args.iterations, val_interval=args.iterations + 1)
     cfg.default_hooks.checkpoint.update(interval=-1, save_last=False)
     cfg.randomness = dict(seed=seed)

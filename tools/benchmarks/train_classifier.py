@@ -23,8 +23,6 @@ initialises a segmentor's backbone, in config or --cfg-options:
 init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.').
 """
 import argparse
-import csv
-import hashlib
 import itertools
 import json
 import statistics
@@ -39,6 +37,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.runner import Runner, set_random_seed
+from shared import device_name, markdown, short_hash, write_csv
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
@@ -162,7 +161,7 @@ def digest(*sets: Images) -> str:
              if isinstance(image, Path) else (image.tobytes().hex(), label)
              for images in sets
              for image, label in zip(images.images, images.labels, strict=True)]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+    return short_hash(json.dumps(names))
 
 
 def find(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
@@ -273,7 +272,7 @@ def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: 
         lr=args.lr if args.lr is not None else initial_lr(norm, batch_size),
         crop_padding=args.crop_padding, flip=args.flip, clip_grad=args.clip_grad,
         zero_init_residual=args.zero_init_residual)
-    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    digits = short_hash(json.dumps(settings))
     folder = Path(args.work_dir, f'{norm}{args.depth}_b{batch_size}_s{seed}-{digits}')
     file = folder / 'result.json'
     checkpoint = folder / f'epoch_{args.epochs}.pth'
@@ -283,10 +282,8 @@ def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: 
         return result
     start = time.time()
     accuracy = run(args, sets, settings, folder)
-    device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
-              f'CPU, {torch.get_num_threads()} threads')
     result = dict(settings, accuracy=round(accuracy, 2), seconds=round(time.time() - start),
-                  torch=torch.__version__, device=device)
+                  torch=torch.__version__, device=device_name())
     write_atomically(file, json.dumps(result).encode())
     print(f'{checkpoint}: {accuracy:.1f} %')
     return result
@@ -294,8 +291,7 @@ def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: 
 
 def report(results: list[dict]) -> None:
     """Prints mean and standard deviation over the seeds, in Markdown."""
-    print('\n| | batch size | learning rate | accuracy, % | of each seed |\n|---|---|---|---|---|')
-    groups = {}
+    groups, rows = {}, []
     for r in results:
         groups.setdefault((r['norm'], r['batch_size'], r['lr']), []).append(r)
     for (norm, batch_size, lr), runs in groups.items():
@@ -304,8 +300,11 @@ def report(results: list[dict]) -> None:
             name = f'ResNet-{runs[0]["depth"]}, {norm}'
         values = [r['accuracy'] for r in runs]
         spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-        print(f'| {name} | {batch_size} | {lr:g} | {statistics.mean(values):.1f}{spread} | '
-              f'{", ".join(f"{v:.1f}" for v in values)} |')
+        rows.append({
+            '': name, 'batch size': batch_size, 'learning rate': f'{lr:g}',
+            'accuracy, %': f'{statistics.mean(values):.1f}{spread}',
+            'of each seed': ', '.join(f'{v:.1f}' for v in values)})
+    print(f'\n{markdown(rows)}', end='')
 
 
 def main() -> None:
@@ -318,10 +317,7 @@ def main() -> None:
         results.append(result_of(args, sets, norm, batch_size, seed))
         if args.csv:
             Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-            with open(args.csv, 'w', newline='') as file:
-                writer = csv.DictWriter(file, results[0])
-                writer.writeheader()
-                writer.writerows(results)
+            write_csv(results, args.csv)
     report(results)
 
 

@@ -11,19 +11,23 @@ predict makes them of, `logits`, (N, classes, H, W).
 import argparse
 import copy
 import statistics
+import sys
 import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
 from torch import Tensor, nn
 
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
 # isort: split
 from mmseg.apis import init_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
 
 DTYPES = dict(float32=torch.float32, float16=torch.float16)
 # Largest difference between file and float32 model, relative to the largest logit.
@@ -149,7 +153,7 @@ def benchmark(deployed: Deployed, run, shape: tuple[int, int], rounds: int) -> s
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file path')
+    add_config_args(parser, 'config file path')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('out', type=Path, help='file to write')
     parser.add_argument('--format', required=True, choices=['onnx', 'torch_export', 'torchscript'])
@@ -161,8 +165,6 @@ def parse_args() -> argparse.Namespace:
                         help='what the network computes in (%(default)s)')
     parser.add_argument('--benchmark', type=int, default=0, metavar='ROUNDS',
                         help='also measure file and model, at --shape, on the CPU')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of the config, as in test.py')
     return parser.parse_args()
 
 
@@ -173,9 +175,7 @@ def main() -> None:
         for name in ('onnxscript', 'onnxruntime'):
             if find_spec(name) is None:
                 raise SystemExit(f'--format onnx needs {name}: pip install onnxscript onnxruntime')
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     model = init_model(cfg, args.checkpoint, device='cpu')
     exact = Deployed(model, 'logits').eval()
     deployed = Deployed(copy.deepcopy(model), args.output, DTYPES[args.dtype]).eval()

@@ -6,11 +6,10 @@ display. Look at it before a long training: crops, flips, and whether labels fit
     python tools/misc/browse_dataset.py CONFIG --output-dir work_dirs/browse --num 20
 """
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
-from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
 
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
@@ -18,15 +17,17 @@ import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 from mmseg.registry import DATASETS
 from mmseg.visualization import SegLocalVisualizer
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='train config file path')
+    add_config_args(parser, 'train config file path')
     parser.add_argument('--output-dir', type=Path, required=True, help='folder to write to')
     parser.add_argument('--num', type=int, help='how many images, spread evenly; by default all')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of the config')
     args = parser.parse_args()
     if args.num is not None and args.num < 1:
         parser.error(f'--num must be at least 1, got {args.num}')
@@ -35,10 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    cfg = load_config(args.config, args.cfg_options)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     visualizer = SegLocalVisualizer(alpha=0.5)
     visualizer.dataset_meta = dataset.metainfo

@@ -11,11 +11,10 @@ import functools
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import mmengine
 import numpy as np
-from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
 
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
@@ -27,20 +26,22 @@ from mmseg_kn.datasets.file_checks import rules_of, scan
 from mmseg_kn.datasets.walk import innermost, walk
 from mmseg_kn.engine.class_check_hook import class_fault
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from config_args import add_config_args, load_config  # noqa: E402
+
 SPLITS = ('train', 'val', 'test')
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='train config file path')
+    add_config_args(parser, 'train config file path')
     parser.add_argument('--split', choices=[*SPLITS, 'all'], default='all', help='(%(default)s)')
     parser.add_argument('--workers', type=int, default=len(os.sched_getaffinity(0)) if hasattr(
         os, 'sched_getaffinity') else os.cpu_count() or 1, help='processes (%(default)s)')
     parser.add_argument('--max-problems', type=int, default=20,
                         help='how many to print of each split (%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
-                        help='override settings of the config')
     args = parser.parse_args()
     if args.workers < 1 or args.max_problems < 1:
         parser.error('--workers and --max-problems must be at least 1, got '
@@ -122,10 +123,7 @@ def check(name: str, dataset, cfg, args: argparse.Namespace) -> int:
 
 def main() -> None:
     args = parse_args()
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    cfg = load_config(args.config, args.cfg_options)
     wanted = SPLITS if args.split == 'all' else (args.split, )
     problems, seen = 0, {}
     for split in wanted:
