@@ -8,7 +8,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
-from mmseg.models import EncoderDecoder
+from mmseg.models import EncoderDecoder, SegTTAModel
 from mmseg.structures import SegDataSample
 from torch import distributed
 
@@ -74,7 +74,7 @@ def one_process(tmp_path):
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize('wrap', [lambda model: model, MMDistributedDataParallel])
+@pytest.mark.parametrize('wrap', [lambda model: model, MMDistributedDataParallel, SegTTAModel])
 def test_it_ends_with_the_run(wrap, one_process):
     model, hook = build(), ChannelsLastHook()
     runner = SimpleNamespace(model=wrap(model))
