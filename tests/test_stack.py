@@ -13,6 +13,7 @@ from program import ROOT
 
 from mmseg_kn import stack
 
+OURS = str(ROOT / 'mmseg_kn') + os.sep  # The clone itself, with its .venv, may have that name too.
 COMPILED = mmcv_full_available()
 OFFICIAL = stack._import_stack() < (1, 3)
 STUBBED = OFFICIAL and not COMPILED
@@ -32,8 +33,10 @@ def in_fresh_process(code, cwd):
 
 
 def test_import_is_light_and_repeatable(tmp_path):
-    code = """
+    code = f"""
 import json, sys, warnings
+
+package = {OURS!r}
 
 class Wanted:
     names = []
@@ -42,7 +45,8 @@ class Wanted:
         while 'importlib' in frame.f_code.co_filename:
             frame = frame.f_back
         # torch itself may look for triton
-        if name.split('.')[0] in ('triton', 'opacus') and 'mmseg_kn' in frame.f_code.co_filename:
+        ours = frame.f_code.co_filename.startswith(package)
+        if ours and name.split('.')[0] in ('triton', 'opacus'):
             self.names.append(name)
 
 sys.meta_path.insert(0, Wanted())
@@ -55,18 +59,19 @@ before = dict(CheckpointLoader._schemes), set(sys.modules)
 mmseg_kn.stack.setup()
 import mmseg.models
 from mmengine.utils.dl_utils import mmcv_full_available
-from program import ROOT
 import mmcv
-print(json.dumps({
+print(json.dumps({{
+    'ours': mmseg_kn.__file__.startswith(package),
     'optional': Wanted.names,
     'cuda': torch.cuda.is_initialized(),
-    'warnings': [str(w.message) for w in caught if 'mmseg_kn' in w.filename],
+    'warnings': [str(w.message) for w in caught if w.filename.startswith(package)],
     'same': before[0] == CheckpointLoader._schemes,
     'compiled': mmcv_full_available(),
     'stub left': 'mmcv._ext' in sys.modules or hasattr(mmcv, '_ext'),
-}))
+}}))
 """
     found = in_fresh_process(code, tmp_path)
+    assert found['ours']
     assert found['optional'] == []
     assert not found['cuda']
     assert found['warnings'] == []
