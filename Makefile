@@ -1,4 +1,5 @@
 # make demo: street scenes, training, mIoU and a picture. make test: the tests. make lint: ruff.
+# make check: sizes of files, imports, public names, the README's length, the wheel.
 # Each installs what it needs into .venv first. Another torch: make TORCH='torch>=2.6' ...
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,7 +10,7 @@ DEMO_CONFIG := configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x
 DEMO_DATA := data/toy_cityscapes
 DEMO_WORK := work_dirs/demo
 
-.PHONY: demo test test-onedl lint clean
+.PHONY: demo test test-onedl lint check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/toy_cityscapes $(DEMO_DATA) --workers 2 --force
@@ -33,6 +34,9 @@ test-onedl: $(VENV)-onedl/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+
+check: $(VENV)/.installed
+	$(BIN)/python tools/dev/check_house.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-onedl $(DEMO_DATA) $(DEMO_WORK)
