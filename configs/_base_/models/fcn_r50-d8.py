@@ -1,30 +1,19 @@
-# The BatchNorm twin: mmseg's ResNet-50 with its usual input, the rest as in the
-# KernelNorm model.
-_base_ = './fcn_knr50-d8.py'
-norm_cfg = dict(type='SyncBN', requires_grad=True)
-act_cfg = dict(_delete_=True, type='ReLU')
-data_preprocessor = dict(
-    mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
+# The BatchNorm twin: DeepLabV3's with FCN's head.
+_base_ = './deeplabv3_r50-d8.py'
 model = dict(
-    data_preprocessor=data_preprocessor,
-    backbone=dict(
-        _delete_=True,
-        type='ResNetV1c',
-        depth=50,
-        out_indices=(2, 3),
-        dilations=(1, 1, 2, 4),
-        strides=(1, 2, 1, 1),
-        norm_cfg=norm_cfg,
-        norm_eval=False,
-        style='pytorch',
-        contract_dilation=True),
     decode_head=dict(
+        _delete_=True,
+        type='FCNHead',
         in_channels=2048,
+        in_index=1,
+        channels=512,
+        num_convs=2,
+        concat_input=True,
+        dropout_ratio=0.1,
+        num_classes=19,
         conv_cfg=None,
-        norm_cfg=dict(_delete_=True, **norm_cfg),
-        act_cfg=act_cfg),
-    auxiliary_head=dict(
-        in_channels=1024,
-        conv_cfg=None,
-        norm_cfg=dict(_delete_=True, **norm_cfg),
-        act_cfg=act_cfg))
+        norm_cfg=_base_.norm_cfg,
+        act_cfg=dict(type='ReLU'),
+        align_corners=False,
+        loss_decode=dict(
+            type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)))
