@@ -1,15 +1,19 @@
 import copy
 import re
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS, TRANSFORMS
 from mmseg.structures import SegDataSample
+from mmseg_script import run
 from program import ROOT
 from settings import flat
 
@@ -58,9 +62,7 @@ def test_builds_and_runs_forward_loss_and_predict(name):
         return dict(inputs=images, data_samples=samples)
 
     train = model.data_preprocessor(batch(), training=True)
-    amp = cfg.optim_wrapper.type == 'AmpOptimWrapper'
-    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
-        losses = model(**train, mode='loss')
+    losses = model(**train, mode='loss')
     loss = sum(v for k, v in losses.items() if 'loss' in k)
     loss.backward()
     assert loss.isfinite()
@@ -107,8 +109,29 @@ def test_schedule_and_pipelines(name):
     assert cfg.test_dataloader.dataset.data_root == cfg.train_dataloader.dataset.data_root
 
 
+@pytest.mark.parametrize('folder', ['deeplabv3', 'fcn'])
+def test_half_the_length_and_half_precision_are_flags_of_the_tool(folder, monkeypatch):
+    """The flags that the README of a folder gives, read by mmseg's own train.py."""
+    text = (CONFIG_DIR / folder / 'README.md').read_text()
+    options = re.search(r'`(--cfg-options [^`]*)`.* `--amp`', ' '.join(text.split()))[1].split()
+    name = f'{folder}/{folder}_knr50-d8_4xb2-80k_cityscapes-512x1024.py'
+    runner = mock.Mock()
+    monkeypatch.setattr(Runner, 'from_cfg', runner)
+    monkeypatch.setattr('sys.argv', ['train.py', str(CONFIG_DIR / name), '--amp', *options])
+    run('train.py')
+    (cfg, ), _ = runner.call_args
+    before, after = flat(dict(load(name))), flat(dict(cfg))
+    assert {key: after[key] for key in after if after[key] != before.get(key)} == {
+        'train_cfg.max_iters': 40000, 'param_scheduler.0.end': 40000,
+        'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.loss_scale': 'dynamic',
+        'work_dir': f'./work_dirs/{Path(name).stem}', 'launcher': 'none'}
+    # The last iteration is validated and saved.
+    assert 40000 % cfg.train_cfg.val_interval == 40000 % cfg.default_hooks.checkpoint.interval == 0
+
+
 def twin(name):
-    return re.sub(r'_(?:kn)?r(\d+)(-gn|-ln|-nonorm|-plainpool|-kn|-bn)?-d8', r'_knr\1-d8', name)
+    return re.sub(r'_(?:kn)?r(\d+)(-gn|-gn-ws|-ln|-nonorm|-plainpool|-kn|-bn)?-d8',
+                  r'_knr\1-d8', name)
 
 
 @pytest.mark.parametrize('name', [c for c in CONFIGS if c != twin(c)])

@@ -176,7 +176,7 @@ def table(log):
 
 @pytest.mark.parametrize('name', ['knr18', 'r18'])
 def test_get_flops(name, tmp_path):
-    config = CONFIGS / f'deeplabv3_{name}-d8_4xb2-40k_cityscapes-512x1024.py'
+    config = CONFIGS / f'deeplabv3_{name}-d8_4xb2-80k_cityscapes-512x1024.py'
     log = execute(FLOPS, config, '--shape', 64, 128, cwd=tmp_path)
     rows = table(log)
 
@@ -212,7 +212,7 @@ def test_get_flops_refuses_other_models(monkeypatch):
 
 
 def test_get_flops_refuses_an_empty_image(monkeypatch):
-    config = CONFIGS / 'deeplabv3_knr18-d8_4xb2-40k_cityscapes-512x1024.py'
+    config = CONFIGS / 'deeplabv3_knr18-d8_4xb2-80k_cityscapes-512x1024.py'
     with pytest.raises(SystemExit) as exit:
         main(monkeypatch, FLOPS, config, '--shape', 0)
     assert exit.value.code == 2

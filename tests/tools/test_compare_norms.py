@@ -154,8 +154,12 @@ def test_other_settings_are_another_cell(tool):
 def test_rescaling_follows_the_shipped_schedules(tool):
     folder = ROOT / 'configs/deeplabv3'
     for batch, length in ((1, '320k'), (2, '160k')):
-        cfg = Config.fromfile(folder / 'deeplabv3_knr18-d8_4xb2-40k_cityscapes-512x1024.py')
+        cfg = Config.fromfile(folder / 'deeplabv3_knr18-d8_4xb2-80k_cityscapes-512x1024.py')
         cfg.train_dataloader.batch_size = 8
+        # The schedules of one GPU see half as many images.
+        cfg.merge_from_dict({
+            'train_cfg.max_iters': 40000, 'train_cfg.val_interval': 4000,
+            'param_scheduler.0.end': 40000, 'default_hooks.checkpoint.interval': 4000})
         tool.rescale(cfg, batch)
         shipped = Config.fromfile(
             folder / f'deeplabv3_knr18-d8_1xb{batch}-{length}_cityscapes-512x1024.py')
@@ -271,7 +275,7 @@ def test_the_plain_pool_head_trains_batch_norm_with_one_image():
 def test_batch_norm_with_one_image_by_options():
     """As docs/choosing_a_normalization.md has them, on a config that does not import the head."""
     cfg = Config.fromfile(
-        ROOT / 'configs/deeplabv3/deeplabv3_r18-d8_4xb2-40k_cityscapes-512x1024.py')
+        ROOT / 'configs/deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py')
     cfg.merge_from_dict({'model.decode_head.type': 'mmseg_kn.baselines.PlainPoolASPPHead',
                          'model.backbone.norm_eval': True})
     init_default_scope(cfg.default_scope)

@@ -14,7 +14,7 @@ addition or multiplication on its own, and each reciprocal root, as one multiply
 Not counted: other normalizations, activations, pooling, resizing, residual sums.
 
     python tools/analysis_tools/get_flops.py \\
-        configs/deeplabv3/deeplabv3_knr18-d8_4xb2-40k_cityscapes-512x1024.py --shape 512 1024
+        configs/deeplabv3/deeplabv3_knr18-d8_4xb2-80k_cityscapes-512x1024.py --shape 512 1024
 """
 import argparse
 import sys

@@ -1,7 +1,7 @@
 # Differentially private SGD, see docs/privacy.md. An iteration is a Poisson
 # batch of train_dataloader.batch_size images on average; it passes through the
 # model in parts.
-_base_ = './schedule_40k.py'
+_base_ = './schedule_80k.py'
 optimizer = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0)
 optim_wrapper = dict(
     _delete_=True,
@@ -11,13 +11,7 @@ optim_wrapper = dict(
     max_grad_norm=1.0,
     optimizer=optimizer)
 param_scheduler = [
-    dict(
-        type='PolyLR',
-        eta_min=1e-3,
-        power=0.9,
-        begin=0,
-        end=2000,
-        by_epoch=False)
+    dict(_base_.param_scheduler[0], eta_min=1e-3, end=2000)
 ]
 train_cfg = dict(
     type='DPIterBasedTrainLoop',

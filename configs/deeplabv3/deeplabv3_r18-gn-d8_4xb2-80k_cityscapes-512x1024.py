@@ -1,6 +1,6 @@
-_base_ = './fcn_r18-d8_4xb2-40k_cityscapes-512x1024.py'
-# LayerNorm: one group
-norm_cfg = dict(_delete_=True, type='GN', num_groups=1)
+_base_ = './deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py'
+# 32 groups
+norm_cfg = dict(_delete_=True, type='GN', num_groups=32)
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),
     decode_head=dict(norm_cfg=norm_cfg),

@@ -1,6 +1,6 @@
 _base_ = [
     '../_base_/models/fcn_r50-d8.py', '../_base_/datasets/cityscapes.py',
-    '../_base_/default_runtime.py', '../_base_/schedules/schedule_40k.py'
+    '../_base_/default_runtime.py', '../_base_/schedules/schedule_80k.py'
 ]
 crop_size = (512, 1024)
 data_preprocessor = dict(size=crop_size)

@@ -1,4 +1,4 @@
-_base_ = './fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
+_base_ = './deeplabv3_r50-d8_4xb2-80k_cityscapes-512x1024.py'
 # 32 groups
 norm_cfg = dict(_delete_=True, type='GN', num_groups=32)
 model = dict(

@@ -1,2 +1,0 @@
-_base_ = './deeplabv3_knr50-d8_4xb2-40k_cityscapes-512x1024.py'
-model = dict(backbone=dict(depth=101))

@@ -1,5 +1,0 @@
-_base_ = './deeplabv3_knr50-d8_4xb2-40k_cityscapes-512x1024.py'
-model = dict(
-    backbone=dict(depth=18),
-    decode_head=dict(in_channels=724, channels=128),
-    auxiliary_head=dict(in_channels=512, channels=64))

@@ -1,7 +1,0 @@
-_base_ = './deeplabv3_r50-d8_4xb2-40k_cityscapes-512x1024.py'
-# LayerNorm: one group
-norm_cfg = dict(_delete_=True, type='GN', num_groups=1)
-model = dict(
-    backbone=dict(norm_cfg=norm_cfg),
-    decode_head=dict(norm_cfg=norm_cfg),
-    auxiliary_head=dict(norm_cfg=norm_cfg))

@@ -1,8 +1,0 @@
-_base_ = './fcn_r18-d8_4xb2-40k_cityscapes-512x1024.py'
-custom_imports = dict(imports=['mmseg_kn.baselines'])
-# scale and shift of each channel, nothing else
-norm_cfg = dict(_delete_=True, type='NoNorm')
-model = dict(
-    backbone=dict(norm_cfg=norm_cfg),
-    decode_head=dict(norm_cfg=norm_cfg),
-    auxiliary_head=dict(norm_cfg=norm_cfg))
