@@ -400,11 +400,15 @@ def reports(tmp_path_factory):
         names[f'{i:03}.pth'] = name
         (folder / f'{i:03}.pth').write_bytes(data)
     assert len(set(names.values())) == len(names) >= 200
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / 'tests/helpers')]))
+    tests = ROOT / 'tests'
+    path = [ROOT, tests, tests / 'checkpoints', tests / 'helpers']
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, path)))
     code = f'import conftest, test_hostile_files; test_hostile_files.read_all({str(folder)!r})'
     done = subprocess.run([sys.executable, '-c', code], env=env, text=True, cwd=folder,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    lines = [json.loads(line) for line in (folder / 'report').read_text().splitlines()]
+    report = folder / 'report'
+    assert report.exists(), done.stderr[-3000:]
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert done.returncode == 0, f'{names[lines[-1]]}: {done.stderr[-3000:]}'
     return {names[found['name']]: found for found in lines[1::2]}
 

@@ -5,15 +5,14 @@ ONNX and whole segmentors: test_deployment.py.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from program import ROOT
 
 from mmseg_kn import KNConv2d, KNResNet
 from mmseg_kn.ops import fused, operators
 
-ROOT = Path(__file__).resolve().parent.parent
 DYNAMIC = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
 
 

@@ -27,7 +27,7 @@ MAPS = {
 }
 ACTIVATIONS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'kept_ptr',
                'h_ptr'}
-FLOATS = {'q', 'factor', 'eps', 'inv_k'}
+FLOATS = {'q', 'excess', 'eps', 'inv_k'}
 # Flags of each kernel beside all on: other code, not less of it
 VARIANTS = {
     'channel_sums': dict(DROPOUT=False),
