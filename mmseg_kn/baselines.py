@@ -73,11 +73,13 @@ class NormConv2d(nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
                          dilation=conv.dilation)
         self.weight, self.bias, self.activation = conv.weight, conv.bias, conv.activation
+        self.input_activation = conv.input_activation
         self.norm = norm
         self.sides = make_geometry(conv.kernel_size, padding=conv.padding).padding
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual``, if given, is added to the output, before the activation."""
+        input = F.relu(input) if self.input_activation else input
         output = super().forward(F.pad(self.norm(input), self.sides))
         if residual is not None:
             output = output + residual
@@ -115,3 +117,7 @@ class NormKNResNet(KNResNet):
             elif isinstance(layer, KernelNorm2d):
                 self.set_submodule(name, norm(layer.num_features))
         self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # A KernelNorm2d in a KNResNet ends with a ReLU of its own; other normalizations do not.
+        return tuple(F.relu(y) for y in super().forward(x))

@@ -5,7 +5,8 @@ Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089; their clas
 models (repository norm-torch) are in knresnet_cls.py. Added here: depth 101, exact dilation,
 and outputs of every stage.
 """
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,21 @@ from .knresnet_stages import ARCHS, NUM_STAGES, StageSpec, TransitionSpec, dense
 from .layers import KernelNorm2d, KNConv2d
 
 
+def pool_again(pool: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``pool(x)``, of which backward keeps x alone and computes the pool again.
+
+    A max pool would keep indices in int64, twice as large as a map of float32. x is the output of
+    a layer, which keeps it anyway.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cp.checkpoint(pool, x, use_reentrant=False, preserve_rng_state=False)
+    return pool(x)
+
+
 class Block(nn.Module):
     """Pre-activation residual block: x + conv(relu(... conv(relu(x)))).
+
+    For backward it keeps x and the outputs of its convolutions, nothing else of that size.
 
     A 2x2 convolution that pads d on every side makes the map d larger. The last one, which pads
     nothing, makes it d smaller again. d is the dilation.
@@ -42,11 +56,12 @@ class Block(nn.Module):
         widths = (channels, *[inner] * (len(kernels) - 1), channels)
         paddings = [0 if k == 1 else dilation for k in kernels[:-1]] + [0]
         for i, (kernel, padding) in enumerate(zip(kernels, paddings, strict=True)):
+            is_first, is_last = i == 0, i == len(kernels) - 1
             self.add_module(
                 f'conv{i + 1}',
                 KNConv2d(widths[i], widths[i + 1], kernel, padding=padding, dilation=dilation,
-                         dropout_p=dropout_p,
-                         activation='relu' if i + 1 < len(kernels) else None))
+                         dropout_p=dropout_p, input_activation='relu' if is_first else None,
+                         activation=None if is_last else 'relu', keep_output=True))
         if zero_init:
             nn.init.zeros_(self.get_submodule(f'conv{len(kernels)}').weight)
 
@@ -57,7 +72,7 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         *inner, last = self.children()
-        y = F.relu(x)
+        y = x
         for conv in inner:
             y = conv(y)
         return last(y, residual=x)
@@ -81,17 +96,19 @@ class Transition(nn.Module):
                  dropout_p: float) -> None:
         super().__init__()
         self.conv = KNConv2d(in_channels, out_channels, spec.kernel_size, padding=spec.padding,
-                             dilation=spec.dilation, dropout_p=dropout_p)
+                             dilation=spec.dilation, dropout_p=dropout_p,
+                             input_activation='relu', keep_output=True)
         self.stride = spec.stride
         self.dilation = spec.dilation
         self.ceil_mode = spec.ceil_mode and spec.stride != 1
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(F.relu(x))
+        return pool_again(self._pool, self.conv(x))
+
+    def _pool(self, x: Tensor) -> Tensor:
         if self.stride == 1:
             x = F.pad(x, (0, self.dilation, 0, self.dilation), value=-torch.inf)
-        return F.max_pool2d(x, 2, self.stride, dilation=self.dilation,
-                            ceil_mode=self.ceil_mode)
+        return F.max_pool2d(x, 2, self.stride, dilation=self.dilation, ceil_mode=self.ceil_mode)
 
 
 class Trunk(BaseModule):
@@ -117,7 +134,8 @@ class Trunk(BaseModule):
         geometry = dict(kernel_size=3, padding=1) if low_resolution else dict(
             kernel_size=7, stride=2, padding=3)
         channels = ARCHS[depth].stem
-        self.stem = KNConv2d(in_channels, channels, dropout_p=dropout_p, **geometry)
+        self.stem = KNConv2d(in_channels, channels, dropout_p=dropout_p, keep_output=True,
+                             **geometry)
         self.stage_names = [f'layer{i + 1}' for i in range(len(stages))]
         for name, spec in zip(self.stage_names, stages, strict=True):
             layers = [] if spec.transition is None else [
@@ -131,7 +149,9 @@ class Trunk(BaseModule):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        return F.max_pool2d(x, 3, stride=2, padding=1) if self.stem_pool else x
+        if not self.stem_pool:
+            return x
+        return pool_again(functools.partial(F.max_pool2d, kernel_size=3, stride=2, padding=1), x)
 
     def train(self, mode: bool = True) -> 'Trunk':
         super().train(mode)
@@ -220,8 +240,8 @@ class KNResNet(Trunk):
         self.out_indices = tuple(out_indices)
         self.feat_dim = stages[max(out_indices)].channels
         for i in out_indices:
-            self.add_module(f'norm{i + 1}',
-                            KernelNorm2d(stages[i].channels, dropout_p=dropout_p))
+            self.add_module(f'norm{i + 1}', KernelNorm2d(
+                stages[i].channels, dropout_p=dropout_p, activation='relu'))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.forward_stem(x)
@@ -229,5 +249,5 @@ class KNResNet(Trunk):
         for i, name in enumerate(self.stage_names):
             x = self.get_submodule(name)(x)
             if i in self.out_indices:
-                outs.append(F.relu(self.get_submodule(f'norm{i + 1}')(x)))
+                outs.append(self.get_submodule(f'norm{i + 1}')(x))
         return tuple(outs)

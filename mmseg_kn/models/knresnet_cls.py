@@ -65,10 +65,11 @@ class KNResNetCls(Trunk):
         self.tail = None
         if not ARCHS[depth].bottleneck:
             self.tail = KNConv2d(self.feat_dim, TAIL_CHANNELS, 2, padding=int(low_resolution),
-                                 dropout_p=dropout_p)
+                                 dropout_p=dropout_p, input_activation='relu', keep_output=True)
             self.feat_dim = TAIL_CHANNELS
             self.min_size = 16 if low_resolution else 93
-        self.norm = KernelNorm2d(self.feat_dim, dropout_p=min(5 * dropout_p, 0.25))
+        self.norm = KernelNorm2d(self.feat_dim, dropout_p=min(5 * dropout_p, 0.25),
+                                 activation='relu')
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         if x.dim() == 4 and min(x.shape[2:]) < self.min_size:
@@ -79,8 +80,8 @@ class KNResNetCls(Trunk):
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
         if self.tail is not None:
-            x = self.tail(F.relu(F.max_pool2d(x, 2)))
-        return (F.relu(self.norm(x)), )
+            x = self.tail(F.max_pool2d(x, 2))
+        return (self.norm(x), )
 
 
 class KNResNetClassifier(nn.Module):

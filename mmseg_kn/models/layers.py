@@ -5,7 +5,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.checks import check_count, check_numbers, check_tensor
+from ..ops.checks import check_activation, check_count, check_numbers, check_tensor
 from ..ops.geometry import make_geometry
 
 # Registered in mmengine's root registry: mmseg, mmdet and mmpretrain all find it from there.
@@ -19,6 +19,12 @@ def _check(dropout_p: float, eps: float, impl: str) -> None:
 
 def _impl_repr(impl: str) -> str:
     return '' if impl == 'auto' else f', impl={impl!r}'
+
+
+def _activation_repr(layer: nn.Module) -> str:
+    names = ('input_activation', 'activation')
+    return ''.join(f', {name}={getattr(layer, name)!r}' for name in names
+                   if getattr(layer, name, None) is not None)
 
 
 @MODELS.register_module(name=['KN', 'KernelNorm2d'])
@@ -36,6 +42,7 @@ class KernelNorm2d(nn.Module):
         dropout_p: Dropout of the copy that training takes the statistics of, in [0, 1).
         eps: Added to the variance.
         impl: Implementation, see :func:`mmseg_kn.ops.kn_conv2d`.
+        activation: ``'relu'`` ends the layer with a ReLU.
 
     Shape:
         (N, C, H, W) to (N, C, kh * Ho, kw * Wo).
@@ -53,9 +60,11 @@ class KernelNorm2d(nn.Module):
                  padding: int | Sequence[int] = 0,
                  dropout_p: float = 0.05,
                  eps: float = 1e-5,
-                 impl: str = 'auto') -> None:
+                 impl: str = 'auto',
+                 activation: str | None = None) -> None:
         super().__init__()
         check_count('num_features', num_features)
+        check_activation('activation', activation)
         geometry = make_geometry(kernel_size, stride, padding)
         _check(dropout_p, eps, impl)
         self.num_features = num_features
@@ -65,6 +74,7 @@ class KernelNorm2d(nn.Module):
         self.dropout_p = dropout_p
         self.eps = eps
         self.impl = impl
+        self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
         check_tensor('input', input)
@@ -72,12 +82,13 @@ class KernelNorm2d(nn.Module):
             raise ValueError(f'expected num_features={self.num_features} channels, '
                              f'got an input of shape {tuple(input.shape)}')
         return ops.kernel_norm2d(input, self.kernel_size, self.stride, self.padding,
-                                 self.dropout_p, self.training, self.eps, self.impl)
+                                 self.dropout_p, self.training, self.eps, self.impl,
+                                 activation=self.activation)
 
     def extra_repr(self) -> str:
         return (f'{self.num_features}, kernel_size={self.kernel_size}, stride={self.stride}, '
                 f'padding={self.padding}, dropout_p={self.dropout_p}, eps={self.eps}'
-                + _impl_repr(self.impl))
+                + _activation_repr(self) + _impl_repr(self.impl))
 
 
 @MODELS.register_module(name=['KNConv', 'KNConv2d'])
@@ -106,6 +117,10 @@ class KNConv2d(nn.Conv2d):
         activation: ``'relu'`` ends the layer with a ReLU: faster than a ReLU after it, and
             backward needs not keep the convolution's output. Not for a ConvModule that has an
             ``act_cfg`` of its own.
+        input_activation: ``'relu'`` begins the layer with a ReLU, of which backward keeps no copy.
+        keep_output: Backward keeps the output in place of a map of its own, which saves memory
+            where the next layer keeps the output anyway. The output must then not be changed in
+            place: backward would fail.
         padding_mode: Only ``'zeros'``; the units are defined by zero padding.
 
     Shape:
@@ -129,6 +144,8 @@ class KNConv2d(nn.Conv2d):
                  impl: str = 'auto',
                  activation: str | None = None,
                  *,
+                 input_activation: str | None = None,
+                 keep_output: bool = False,
                  padding_mode: str = 'zeros',
                  device=None,
                  dtype=None) -> None:
@@ -142,8 +159,8 @@ class KNConv2d(nn.Conv2d):
             raise ValueError(f'in_channels={in_channels} and out_channels={out_channels} must '
                              f'be divisible by groups={groups}')
         _check(dropout_p, eps, impl)
-        if activation not in (None, 'relu'):
-            raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+        check_activation('activation', activation)
+        check_activation('input_activation', input_activation)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f'dtype must be floating point, got {dtype}')
         make_geometry(kernel_size, stride, padding, dilation)
@@ -153,6 +170,8 @@ class KNConv2d(nn.Conv2d):
         self.eps = eps
         self.impl = impl
         self.activation = activation
+        self.input_activation = input_activation
+        self.keep_output = keep_output
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
@@ -165,9 +184,9 @@ class KNConv2d(nn.Conv2d):
         return ops.kn_conv2d(input, self.weight, self.bias, self.stride, self.padding,
                              self.dilation, self.groups, self.dropout_p, self.training,
                              self.eps, self.impl, activation=self.activation,
-                             residual=residual, return_moments=return_moments)
+                             residual=residual, input_activation=self.input_activation,
+                             keep_output=self.keep_output, return_moments=return_moments)
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}'
-                + ('' if self.activation is None else f', activation={self.activation!r}')
-                + _impl_repr(self.impl))
+                + _activation_repr(self) + _impl_repr(self.impl))

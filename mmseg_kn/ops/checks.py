@@ -88,6 +88,12 @@ def _check_device(input: Tensor, name: str, value: Tensor) -> None:
                          f'{value.device}; move one')
 
 
+def check_activation(name: str, value: str | None) -> None:
+    """Refuses what is neither ``'relu'`` nor None."""
+    if value not in (None, 'relu'):
+        raise ValueError(f"{name} must be None or 'relu', got {value!r}")
+
+
 def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation: str | None,
                    residual: Tensor | None) -> None:
     """Refuses an activation or a residual that does not fit.
@@ -96,8 +102,7 @@ def check_epilogue(input: Tensor, weight: Tensor, geometry: Geometry, activation
         ValueError: ``activation`` is not None or ``'relu'``, ``residual`` is given beside it, or
             has not the output's shape or is on another device than ``input``.
     """
-    if activation not in (None, 'relu'):
-        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+    check_activation('activation', activation)
     if residual is None:
         return
     check_tensor('residual', residual)

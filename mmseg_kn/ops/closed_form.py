@@ -29,19 +29,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Geometry
+from .geometry import Geometry, pad
 from .memory_format import dense_like
-from .passes import MomentGrads, Moments, Passes, Shift
+from .passes import Kept, MomentGrads, Moments, Passes, Shift
 from .precision import Setting, accumulate_dtype
 
 
 class Options(NamedTuple):
-    """What a call is given beside tensors. Opposite sides of ``geometry`` have equal padding."""
+    """What a call is given beside tensors."""
 
     geometry: Geometry
     groups: int
     dropout_p: float
     training: bool
+    rectify: bool = False  # the input goes through a relu first
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.training and self.dropout_p > 0
 
     def setting(self, x: Tensor) -> Setting:
         return Setting(x, self.geometry, self.dropout_p, self.training, self.groups)
@@ -102,11 +107,24 @@ def _kernel(weight: Tensor, setting: Setting, dtype: torch.dtype) -> _Kernel:
     return _Kernel(weight, weight_sum, _sum(weight, dtype) if setting.is_half else None)
 
 
+def _prepared(x: Tensor, options: Options) -> tuple[Tensor, Geometry]:
+    """x as it is convolved, and the geometry of that: rectified, and padded if one-sided.
+
+    Neither is kept for backward, which prepares x (N, C, H, W) again.
+    """
+    if options.rectify:
+        x = x.relu()
+    if options.geometry.symmetric_padding is None:
+        return pad(x, options.geometry), options.geometry._replace(padding=(0, 0, 0, 0))
+    return x, options.geometry
+
+
 def forward(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None,
             residual: Tensor | None, mask: Tensor | None, options: Options, eps: float,
             relu: bool, keep_z: bool) -> Output:
     """y from x (N, C, H, W) and weight (O, C / groups, kh, kw)."""
-    setting, geometry = options.setting(x), options.geometry
+    setting = options.setting(x)
+    x, geometry = _prepared(x, options)
     moments = passes.unit_moments(x, geometry, mask, options.dropout_p, setting.factor, eps,
                                   setting.exact, setting.needs_undropped_mean)
     kernel = _kernel(weight, setting, x.dtype)
@@ -121,21 +139,19 @@ def forward(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None,
 
 
 def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-             mask: Tensor | None, moments: Moments, z: Tensor | None, y: Tensor | None,
-             options: Options, need_x: bool, need_weight: bool) -> Grads:
-    """Gradients of :func:`forward` from ``grad`` = dL/dy (N, O, Ho, Wo).
-
-    One of z and y is given: y where the layer ends with a relu, else z.
-    """
-    setting, geometry = options.setting(x), options.geometry
+             mask: Tensor | None, moments: Moments, kept: Kept, options: Options, need_x: bool,
+             need_weight: bool) -> Grads:
+    """Gradients of :func:`forward` from ``grad`` = dL/dy (N, O, Ho, Wo)."""
+    setting, (height, width) = options.setting(x), x.shape[2:]
+    x, geometry = _prepared(x, options)
     mean, rstd, live, undropped_mean = moments
     kernel = _kernel(weight, setting, x.dtype)
-    shifts = [] if z is None else kernel.shifts(setting, mean, undropped_mean)
+    shifts = [] if kept.z is None else kernel.shifts(setting, mean, undropped_mean)
     # Without dropout a constant unit adds nothing to dW: leave its rounding, times 316, out.
     has_dead = not setting.has_dropout and not (x.device.type == 'cpu' and live.all())
-    scaled = passes.scale_grad(dense_like(grad, y if z is None else z), z, y,
-                               mean * live if has_dead else mean, rstd, kernel.weight_sum, bias,
-                               shifts, need_x)
+    grad = dense_like(grad, kept.y if kept.z is None else kept.z)
+    scaled = passes.scale_grad(grad, kept, mean * live if has_dead else mean, rstd,
+                               kernel.weight_sum, bias, shifts, need_x)
     h = scaled.h
 
     def conv_backward(need_x, need_weight):
@@ -162,8 +178,45 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
         unmasked = scaled.to_mean if setting.has_dropout and setting.is_centred else None
         grads = MomentGrads(by_mean * -q, dvar * (2 * q * q * setting.factor), unmasked)
         dx = passes.add_moment_grads(dense_like(dx, x), x, geometry, mask, options.dropout_p,
-                                     grads)
+                                     grads, options.rectify)
+        if geometry is not options.geometry:  # what is padded here is cut off again
+            left, _, top, _ = options.geometry.padding
+            dx = dense_like(dx[..., top:top + height, left:left + width], x)
     return Grads(dx, dweight if need_weight else None, scaled.bias)
+
+
+def pixel_norm(passes: Passes, x: Tensor, mask: Tensor | None, options: Options, eps: float,
+               relu: bool) -> tuple[Tensor, Moments]:
+    """(x - mean) * rstd of every pixel of x (N, C, H, W), through relu if asked for."""
+    setting = options.setting(x)
+    mean, rstd, live, _ = passes.unit_moments(
+        x, options.geometry, mask, options.dropout_p, setting.factor, eps, setting.exact, False)
+    acc = accumulate_dtype(x.dtype)
+    mean, rstd = mean.to(acc), rstd.to(acc)
+    y = torch.sub(x, mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
+    y = y.relu_() if relu else y
+    return y.to(x.dtype), Moments(mean, rstd, live, None)
+
+
+def pixel_norm_backward(passes: Passes, grad: Tensor, x: Tensor, mask: Tensor | None,
+                        moments: Moments, y: Tensor | None, options: Options) -> Tensor:
+    """dx of :func:`pixel_norm` from ``grad`` = dL/dy (N, C, H, W); y is given under a relu.
+
+    It is a KNConv whose convolution passes x on: with ones for sum(W), and z = x - mean.
+    """
+    setting, (mean, rstd, live, _) = options.setting(x), moments
+    grad = dense_like(grad, x)
+    if y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    z = torch.sub(x, mean.unsqueeze(1))
+    scaled = passes.scale_grad(grad, Kept(z=z), mean, rstd, mean.new_ones(x.size(1)), None, [],
+                               True)
+    q = 1 / (1 - options.dropout_p) if setting.has_dropout else 1.0
+    dvar = scaled.to_var * rstd * live * -0.5
+    grads = MomentGrads((2 * mean * dvar + scaled.to_mean) * -q,
+                        dvar * (2 * q * q * setting.factor), None)
+    return passes.add_moment_grads(scaled.h, x, options.geometry, mask, options.dropout_p, grads,
+                                   False)
 
 
 def moments_backward(passes: Passes, grad_mean: Tensor, grad_rstd: Tensor, x: Tensor,
@@ -175,4 +228,4 @@ def moments_backward(passes: Passes, grad_mean: Tensor, grad_rstd: Tensor, x: Te
     grads = MomentGrads((grad_mean - 2 * moments.mean * dvar) * q,
                         dvar * (2 * q * q * setting.factor), None)
     return passes.add_moment_grads(torch.zeros_like(x), x, options.geometry, mask,
-                                   options.dropout_p, grads)
+                                   options.dropout_p, grads, False)

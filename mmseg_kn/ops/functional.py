@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import operators, reference
-from .checks import check_epilogue, check_input, check_tensor, check_weight
+from .checks import check_activation, check_epilogue, check_input, check_tensor, check_weight
+from .closed_form import Options
 from .dispatch import chosen_impl
 from .geometry import make_geometry
 
@@ -30,6 +31,8 @@ def kn_conv2d(input: Tensor,
               *,
               activation: str | None = None,
               residual: Tensor | None = None,
+              input_activation: str | None = None,
+              keep_output: bool = False,
               return_moments: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Convolution over windows that are each normalized by their own mean and variance.
 
@@ -61,6 +64,11 @@ def kn_conv2d(input: Tensor,
         activation: ``'relu'`` or None, applied to the output: one pass less, and backward keeps
             nothing of the output but what the next layer keeps anyway.
         residual: Added to the output, of its shape; not together with ``activation``.
+        input_activation: ``'relu'`` or None, applied to the input: backward keeps the input
+            itself, and no rectified copy of it.
+        keep_output: Backward keeps the output and the residual in place of a map of its own. That
+            saves memory where the next layer keeps the output anyway. An operation that then
+            changes the output in place makes backward fail with torch's error about it.
         return_moments: Return mean and rstd = (var + eps) ** -0.5 of the units as well, without
             gradient; per-sample gradients need those that the output was computed with.
 
@@ -81,6 +89,7 @@ def kn_conv2d(input: Tensor,
     geometry = make_geometry(weight.shape[2:], stride, padding, dilation)
     check_input(input, geometry, dropout_p, eps)
     check_weight(input, weight, bias, groups)
+    check_activation('input_activation', input_activation)
     check_epilogue(input, weight, geometry, activation, residual)
     device, autocast = input.device.type, _autocasts(input)
     if autocast and input.dtype != torch.float64:
@@ -95,14 +104,16 @@ def kn_conv2d(input: Tensor,
     # Implementations take the weight in its own precision: they may centre it first.
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if impl == 'reference':
+            input = input.relu() if input_activation else input
             output, *moments = reference.kn_conv2d(input, weight, bias, geometry, groups,
                                                    dropout_p, training, eps)
             output = output if residual is None else output + residual
             output = output.relu() if activation else output
         else:
             output, *moments = operators.kn_conv2d(
-                input, weight, bias, geometry, groups, dropout_p, training, eps,
-                activation == 'relu', residual, impl)
+                input, weight, bias, residual,
+                Options(geometry, groups, dropout_p, training, input_activation == 'relu'), eps,
+                activation == 'relu', keep_output, impl)
     if added_after is not None:
         output = output + added_after
     return (output, *moments) if return_moments else output
@@ -115,7 +126,9 @@ def kernel_norm2d(input: Tensor,
                   dropout_p: float = 0.0,
                   training: bool = False,
                   eps: float = 1e-5,
-                  impl: str = 'auto') -> Tensor:
+                  impl: str = 'auto',
+                  *,
+                  activation: str | None = None) -> Tensor:
     r"""Normalizes every window by its own mean and variance and lays the windows side by side.
 
     .. math:: y = (x - \mu) / \sqrt{\sigma^2 + \epsilon}
@@ -132,6 +145,7 @@ def kernel_norm2d(input: Tensor,
         training: Draw the dropout rather than take its expectation.
         eps: Added to the variance.
         impl: As in :func:`kn_conv2d`.
+        activation: ``'relu'`` or None, applied to the output.
 
     Returns:
         (N, C, kh * Ho, kw * Wo) in the dtype of ``input``: its own size for kernel 1, or
@@ -141,9 +155,12 @@ def kernel_norm2d(input: Tensor,
         ValueError: Shapes, dtypes or options do not fit; the message names the invariant.
     """
     geometry = make_geometry(kernel_size, stride, padding)
+    check_activation('activation', activation)
     check_input(input, geometry, dropout_p, eps)
     impl = chosen_impl(input, impl)
     with torch.autocast(input.device.type, enabled=False) if _autocasts(input) else nullcontext():
         if impl == 'reference':
-            return reference.kernel_norm2d(input, geometry, dropout_p, training, eps)
-        return operators.kernel_norm2d(input, geometry, dropout_p, training, eps, impl)
+            output = reference.kernel_norm2d(input, geometry, dropout_p, training, eps)
+            return output.relu() if activation else output
+        return operators.kernel_norm2d(input, geometry, dropout_p, training, eps,
+                                       activation == 'relu', impl)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .cpu_chunks import by_chunk, is_eager_on_cpu, scratch_like
 from .geometry import Geometry
 from .memory_format import is_channels_last
-from .passes import MomentGrads, Moments, ScaledGrad, Shift
+from .passes import Kept, MomentGrads, Moments, ScaledGrad, Shift
 from .precision import LIVE_ROUNDINGS, ORIGIN_CHANNELS, SMALL_DROPOUT, accumulate_dtype
 
 _WIDE = 2**16  # elements of a sample that are worth a call of their own
@@ -189,27 +189,27 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
     return y
 
 
-def scale_grad(grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor, rstd: Tensor,
-               weight_sum: Tensor, bias: Tensor | None, shifts: list[Shift],
-               need_x: bool) -> ScaledGrad:
+def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
+               bias: Tensor | None, shifts: list[Shift], need_x: bool) -> ScaledGrad:
     """See :meth:`.Passes.scale_grad`."""
-    relu = y is not None
+    has_y = kept.y is not None
     acc = accumulate_dtype(grad.dtype)
     n, o, ho, wo = grad.shape
     mean, rstd = mean.flatten(1), rstd.flatten(1)
     scale, mean = rstd.unsqueeze(1), mean.unsqueeze(2)
     rows = torch.stack([weight_sum.to(acc)] + (
-        [bias.to(acc)] if relu and bias is not None else []))
+        [bias.to(acc)] if has_y and bias is not None else []))
     h = torch.empty_like(grad)
     to_mean, to_var = grad.new_empty((2, n, ho * wo), dtype=acc)
     of_mean, dbias = grad.new_zeros((o, 1), dtype=acc), grad.new_zeros(o, dtype=acc)
-    out, kept = h.flatten(2), (y if relu else z).flatten(2)
+    out, output = h.flatten(2), (kept.y if has_y else kept.z).flatten(2)
+    residual = None if kept.residual is None else kept.residual.flatten(2)
     for index, chunk, _ in by_chunk(grad, None):
         samples, pixels = index
-        target, kept_chunk = out[samples, :, pixels], kept[samples, :, pixels]
+        target, output_chunk = out[samples, :, pixels], output[samples, :, pixels]
         hc = target if h.dtype == acc else torch.empty_like(chunk, dtype=acc)
-        if relu:  # in the memory of h, where it stays in the cache
-            chunk = torch.ops.aten.threshold_backward(chunk.to(acc), kept_chunk.to(acc), 0,
+        if kept.relu:  # in the memory of h, where it stays in the cache
+            chunk = torch.ops.aten.threshold_backward(chunk.to(acc), output_chunk.to(acc), 0,
                                                       grad_input=hc)
         dbias += chunk.sum((0, 2), dtype=acc)
         torch.mul(chunk, scale[samples, :, pixels], out=hc)
@@ -217,15 +217,19 @@ def scale_grad(grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor, r
         if need_x:
             sums = rows @ hc
             to_mean[index] = sums[:, 0]
-            product = torch.mul(hc, kept_chunk, out=scratch_like(chunk)[1]).sum(1)
-            if relu and bias is not None:
+            memory = scratch_like(chunk)[1]
+            if residual is not None:
+                output_chunk = torch.sub(output_chunk.to(acc), residual[samples, :, pixels],
+                                         out=memory)
+            product = torch.mul(hc, output_chunk, out=memory).sum(1)
+            if has_y and bias is not None:
                 product -= sums[:, 1]
             to_var[index] = product
         if hc is not target:
             target.copy_(hc)
     if not need_x:
         return ScaledGrad(h, None, None, of_mean[:, 0], dbias)
-    if not relu:
+    if not has_y:
         to_var *= rstd
     to_mean, to_var = to_mean.view(n, ho, wo), to_var.view(n, ho, wo)
     for s, u in shifts:
@@ -235,7 +239,7 @@ def scale_grad(grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor, r
 
 
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
-                     dropout_p: float, grads: MomentGrads) -> Tensor:
+                     dropout_p: float, grads: MomentGrads, rectified: bool) -> Tensor:
     """See :meth:`.Passes.add_moment_grads`."""
     acc, (c, h, w) = accumulate_dtype(x.dtype), x.shape[1:]
     kh, kw = geometry.kernel
@@ -251,5 +255,9 @@ def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | N
             flat.index_fill_(0, dropped, 0)
         if unmasked:
             memory.add_(unmasked[0])
-        into[samples, :, pixels].add_(memory)
+        target = into[samples, :, pixels]
+        if rectified:
+            torch.ops.aten.threshold_backward(target.add_(memory), chunk, 0, grad_input=target)
+        else:
+            target.add_(memory)
     return dx

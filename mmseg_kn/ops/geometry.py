@@ -23,6 +23,12 @@ class Geometry(NamedTuple):
                 (height + top + bottom, width + left + right),
                 self.kernel, self.stride, self.dilation, strict=True))
 
+    def padded_shape(self, input: Tensor) -> tuple[int, int, int, int]:
+        """Shape of ``input`` (N, C, H, W) with its padding."""
+        left, right, top, bottom = self.padding
+        n, c, h, w = input.shape
+        return n, c, h + top + bottom, w + left + right
+
     @property
     def symmetric_padding(self) -> tuple[int, int] | None:
         """(h, w) as ``torch.nn.functional.conv2d`` takes it, None if the sides differ."""

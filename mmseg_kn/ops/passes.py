@@ -27,6 +27,21 @@ class Shift(NamedTuple):
     of_unit: Tensor  # (N, Ho, Wo)
 
 
+class Kept(NamedTuple):
+    """What forward keeps of its output (N, O, Ho, Wo) for backward: z, or y and the residual.
+
+    z is the convolution's output, from which the shifts are still to be subtracted. Where y is
+    kept, z * rstd = y - residual - bias; under a relu that holds where y is above 0, and
+    elsewhere the gradient is 0. y and the residual cost no memory where the neighbouring layers
+    keep them anyway.
+    """
+
+    z: Tensor | None = None
+    y: Tensor | None = None
+    residual: Tensor | None = None  # beside y, where one was added and there is no relu
+    relu: bool = False
+
+
 class ScaledGrad(NamedTuple):
     """h = dL/dy * rstd and its sums.
 
@@ -79,16 +94,18 @@ class Passes(Protocol):
         ``inplace``.
         """
 
-    def scale_grad(self, grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor,
-                   rstd: Tensor, weight_sum: Tensor, bias: Tensor | None, shifts: list[Shift],
+    def scale_grad(self, grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor,
+                   weight_sum: Tensor, bias: Tensor | None, shifts: list[Shift],
                    need_x: bool) -> ScaledGrad:
         """Scales ``grad`` = dL/dy (N, O, Ho, Wo) and reduces it.
 
-        Exactly one of z and y is given: z, the convolution's output, from which the ``shifts``
-        are still to be subtracted; or, where the layer ends with a relu, its output y. Where y
-        is 0 the gradient is 0 too, and elsewhere z * rstd = y - bias.
+        ``shifts`` are those of ``kept.z``, and empty where y is kept.
         """
 
     def add_moment_grads(self, dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
-                         dropout_p: float, grads: MomentGrads) -> Tensor:
-        """Adds to dx (N, C, H, W), in place, what reaches x through the moments of its units."""
+                         dropout_p: float, grads: MomentGrads, rectified: bool) -> Tensor:
+        """Adds to dx (N, C, H, W), in place, what reaches x through the moments of its units.
+
+        ``rectified`` says that x is a relu's output: then dx is 0 where x is 0, as the gradient
+        of the relu's input is.
+        """

@@ -178,10 +178,11 @@ def normalize(z_ptr, y_ptr, residual_ptr, scale_ptr, bias_ptr, s_ptr, u_ptr, t_p
 
 
 @triton.jit
-def scale_grad(grad_ptr, kept_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, bias_ptr, s_ptr,
-               u_ptr, t_ptr, v_ptr, to_mean_ptr, to_var_ptr, partial_ptr, units, area, CO,
-               stride_n, stride_c, stride_p, RELU: tl.constexpr, BIAS: tl.constexpr,
-               FIRST: tl.constexpr, SECOND: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
+def scale_grad(grad_ptr, kept_ptr, residual_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr,
+               bias_ptr, s_ptr, u_ptr, t_ptr, v_ptr, to_mean_ptr, to_var_ptr, partial_ptr, units,
+               area, CO, stride_n, stride_c, stride_p, RELU: tl.constexpr, HAS_Y: tl.constexpr,
+               RESIDUAL: tl.constexpr, BIAS: tl.constexpr, FIRST: tl.constexpr,
+               SECOND: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
     """h = grad * rstd with its sums over channels, and over this program's pixels.
 
     partial (programs, 2, CO): sum h * mean, sum grad.
@@ -209,6 +210,9 @@ def scale_grad(grad_ptr, kept_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, bi
         z = tl.load(kept_ptr + where, mask, other=0.0).to(tl.float32)
         if RELU:
             grad = tl.where(z > 0, grad, 0.0)
+        if HAS_Y:  # what was loaded is y, and becomes z * rstd
+            if RESIDUAL:
+                z -= tl.load(residual_ptr + where, mask, other=0.0).to(tl.float32)
             if BIAS:
                 z -= tl.load(bias_ptr + channel, exists, other=0.0).to(tl.float32)[None, :]
         else:
@@ -220,7 +224,7 @@ def scale_grad(grad_ptr, kept_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, bi
         partial = partial_ptr + program * 2 * CO + channel
         tl.store(partial, tl.sum(h * mean[:, None], 0), exists)
         tl.store(partial + CO, tl.sum(grad, 0), exists)
-    if not RELU:
+    if not HAS_Y:
         to_var *= rstd
     tl.store(to_mean_ptr + unit, to_mean, inside)
     tl.store(to_var_ptr + unit, to_var, inside)
@@ -229,7 +233,8 @@ def scale_grad(grad_ptr, kept_ptr, h_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, bi
 @triton.jit
 def add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride_n, stride_c,
                      stride_p, units, Ho, Wo, kh, kw, sh, sw, left, top, dh, dw, inv_k,
-                     threshold, DROPOUT: tl.constexpr, UNMASKED: tl.constexpr, P: tl.constexpr,
+                     threshold, DROPOUT: tl.constexpr, UNMASKED: tl.constexpr,
+                     RECTIFIED: tl.constexpr, P: tl.constexpr,
                      C4: tl.constexpr):
     """dx += box^T(unmasked) + m * (box^T(constant) + box^T(slope) * x), m the mask."""
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -265,10 +270,12 @@ def add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride_
             channel = start + j * C4 + tl.arange(0, C4)
             mask = inside[:, None] & (channel < C)[None, :]
             where = offset[:, None] + channel.to(tl.int64)[None, :] * stride_c
-            value = tl.load(x_ptr + where, mask, other=0.0).to(tl.float32)
-            value = constant[:, None] + slope[:, None] * value
+            x_value = tl.load(x_ptr + where, mask, other=0.0).to(tl.float32)
+            value = constant[:, None] + slope[:, None] * x_value
             if DROPOUT:
                 value *= _kept(bits[j], threshold)
             dx = tl.load(dx_ptr + where, mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + where, (dx + value + unmasked[:, None]).to(dx_ptr.dtype.element_ty),
-                     mask)
+            dx += value + unmasked[:, None]
+            if RECTIFIED:
+                dx = tl.where(x_value > 0, dx, 0.0)
+            tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask)

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import triton_kernels as kernels
 from .geometry import Geometry
 from .memory_format import dense_like, is_channels_last
-from .passes import MomentGrads, Moments, ScaledGrad, Shift
+from .passes import Kept, MomentGrads, Moments, ScaledGrad, Shift
 
 PIXELS = 16  # of a program
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
@@ -93,9 +93,8 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
     return y
 
 
-def scale_grad(grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor, rstd: Tensor,
-               weight_sum: Tensor, bias: Tensor | None, shifts: list[Shift],
-               need_x: bool) -> ScaledGrad:
+def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
+               bias: Tensor | None, shifts: list[Shift], need_x: bool) -> ScaledGrad:
     """See :meth:`.Passes.scale_grad`. Nothing is gained by leaving ``need_x`` out."""
     n, o, h, w = grad.shape
     out = torch.empty_like(grad)
@@ -103,16 +102,19 @@ def scale_grad(grad: Tensor, z: Tensor | None, y: Tensor | None, mean: Tensor, r
     programs = triton.cdiv(n * h * w, PIXELS)
     partial = grad.new_empty((programs, 2, o), dtype=torch.float32)
     shift_args, flags = _two(shifts)
-    _launch(kernels.scale_grad, grad, (programs, ), grad, z if y is None else y, out, mean, rstd,
-            weight_sum, _dense(bias), *shift_args, to_mean, to_var, partial, n * h * w, h * w, o,
-            *_strides(grad), RELU=y is not None, BIAS=bias is not None, P=PIXELS,
+    has_y = kept.y is not None
+    residual = None if kept.residual is None else dense_like(kept.residual, grad)
+    _launch(kernels.scale_grad, grad, (programs, ), grad, kept.y if has_y else kept.z,
+            residual, out, mean, rstd, weight_sum, _dense(bias), *shift_args, to_mean,
+            to_var, partial, n * h * w, h * w, o, *_strides(grad), RELU=kept.relu, HAS_Y=has_y,
+            RESIDUAL=residual is not None, BIAS=bias is not None, P=PIXELS,
             B=min(OUTPUTS, triton.next_power_of_2(o)), **flags)
     of_mean, dbias = partial.sum(0)
     return ScaledGrad(out, to_mean, to_var, of_mean, dbias.clone())
 
 
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
-                     dropout_p: float, grads: MomentGrads) -> Tensor:
+                     dropout_p: float, grads: MomentGrads, rectified: bool) -> Tensor:
     """See :meth:`.Passes.add_moment_grads`."""
     n, c, h, w = x.shape
     ho, wo = geometry.output_size(h, w)
@@ -122,5 +124,5 @@ def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | N
     _launch(kernels.add_moment_grads, x, (triton.cdiv(n * h * w, PIXELS), ), dx, x, maps, mask,
             n * h * w, h, w, c, *_strides(x), n * ho * wo, ho, wo, kh, kw, sh, sw, left, top, dh,
             dw, 1 / (c * kh * kw), _threshold(dropout_p), DROPOUT=mask is not None,
-            UNMASKED=grads.unmasked is not None, P=PIXELS, C4=_quarter(c))
+            UNMASKED=grads.unmasked is not None, RECTIFIED=rectified, P=PIXELS, C4=_quarter(c))
     return dx

@@ -48,6 +48,7 @@ def kn_conv2d_grad_sample(layer: KNConv2d, activations: list[Tensor],
         h, mean = grad * rstd.to(dtype).unsqueeze(1), mean.to(dtype)
         # Less its mean, x - mu does not cancel in what follows.
         centre = mean.mean((1, 2), keepdim=True)
+        x = x.relu() if layer.input_activation else x
         x = pad(x.to(dtype), geometry) - centre.unsqueeze(1)
         # Samples as groups: one convolution gives all their gradients.
         dweight = conv2d_weight(x.flatten(0, 1).unsqueeze(0),
