@@ -5,8 +5,7 @@ Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089; their clas
 models (repository norm-torch) are in knresnet_cls.py. Added here: depth 101, exact dilation,
 and outputs of every stage.
 """
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +17,7 @@ from torch import Tensor, nn
 from ..checkpoints.diagnose import misfit
 from .knresnet_stages import ARCHS, NUM_STAGES, StageSpec, TransitionSpec, dense_stages
 from .layers import KernelNorm2d, KNConv2d
-
-
-def pool_again(pool: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``pool(x)``, of which backward keeps x alone and computes the pool again.
-
-    A max pool would keep indices in int64, twice as large as a map of float32. x is the output of
-    a layer, which keeps it anyway.
-    """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cp.checkpoint(pool, x, use_reentrant=False, preserve_rng_state=False)
-    return pool(x)
+from .max_pool import max_pool2d
 
 
 class Block(nn.Module):
@@ -103,12 +92,10 @@ class Transition(nn.Module):
         self.ceil_mode = spec.ceil_mode and spec.stride != 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return pool_again(self._pool, self.conv(x))
-
-    def _pool(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
         if self.stride == 1:
             x = F.pad(x, (0, self.dilation, 0, self.dilation), value=-torch.inf)
-        return F.max_pool2d(x, 2, self.stride, dilation=self.dilation, ceil_mode=self.ceil_mode)
+        return max_pool2d(x, 2, self.stride, dilation=self.dilation, ceil_mode=self.ceil_mode)
 
 
 class Trunk(BaseModule):
@@ -149,9 +136,7 @@ class Trunk(BaseModule):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        if not self.stem_pool:
-            return x
-        return pool_again(functools.partial(F.max_pool2d, kernel_size=3, stride=2, padding=1), x)
+        return max_pool2d(x, 3, 2, 1) if self.stem_pool else x
 
     def train(self, mode: bool = True) -> 'Trunk':
         super().train(mode)

@@ -4,13 +4,13 @@ Source: R. Nasirigerdeh, R. Torkzadehmahani, D. Rueckert, G. Kaissis, "Kernel No
 Convolutional Networks", TMLR 2024, https://arxiv.org/abs/2205.10089, and their repository
 norm-torch. The trunk is that of :class:`mmseg_kn.KNResNet`; depth 101 is ours.
 """
-import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .knresnet import Trunk
 from .knresnet_stages import ARCHS, classifier_stages
 from .layers import KernelNorm2d, KNConv2d
+from .max_pool import max_pool2d
 
 TAIL_CHANNELS = 512
 
@@ -80,7 +80,7 @@ class KNResNetCls(Trunk):
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
         if self.tail is not None:
-            x = self.tail(F.max_pool2d(x, 2))
+            x = self.tail(max_pool2d(x, 2, 2))
         return (self.norm(x), )
 
 

@@ -26,8 +26,12 @@ class KNConv2dFunction(torch.autograd.Function):
                                             options, eps, relu, keep_z=not keep_output)
         acc = accumulate_dtype(x.dtype)
         mean, rstd, live = moments.mean.to(acc), moments.rstd.to(acc), moments.live
-        undropped_mean = None if keep_output else moments.undropped_mean
-        kept = (None, y, None if relu else residual) if keep_output else (z, None, None)
+        undropped_mean, kept = None, (None, None, None)
+        if keep_output:
+            if relu or ctx.needs_input_grad[0]:
+                kept = (None, y, None if relu else residual)
+        elif ctx.needs_input_grad[0]:
+            kept, undropped_mean = (z, None, None), moments.undropped_mean
         ctx.mark_non_differentiable(mean, rstd, live)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.relu, ctx.impl = options, relu, impl

@@ -149,7 +149,8 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     shifts = [] if kept.z is None else kernel.shifts(setting, mean, undropped_mean)
     # Without dropout a constant unit adds nothing to dW: leave its rounding, times 316, out.
     has_dead = not setting.has_dropout and not (x.device.type == 'cpu' and live.all())
-    grad = dense_like(grad, kept.y if kept.z is None else kept.z)
+    output = kept.y if kept.z is None else kept.z
+    grad = grad.contiguous() if output is None else dense_like(grad, output)
     scaled = passes.scale_grad(grad, kept, mean * live if has_dead else mean, rstd,
                                kernel.weight_sum, bias, shifts, need_x)
     h = scaled.h

@@ -5,6 +5,7 @@ mapped. Traced tensors and those of other devices pass through as one chunk.
 """
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +21,34 @@ def is_eager_on_cpu(x: Tensor) -> bool:
             and not torch.jit.is_tracing() and not torch.compiler.is_compiling())
 
 
-def _chunks(x: Tensor) -> list[tuple[slice, slice]]:
-    """Samples and pixels (of H * W) of each chunk of (N, C, H, W)."""
+class Part(NamedTuple):
+    """Where a chunk lies: some samples, and some of the H * W pixels."""
+
+    samples: slice
+    pixels: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """View of x, (N, C, H * W) or (N, H * W). A part that is all costs no call of torch."""
+        if self is WHOLE:
+            return x
+        return x[self.samples, :, self.pixels] if x.dim() == 3 else x[self]
+
+
+WHOLE = Part(slice(None), slice(None))
+
+
+def _parts(x: Tensor) -> list[Part]:
+    """The parts of (N, C, H, W)."""
     n, c, h, w = x.shape
     if not is_eager_on_cpu(x) or x.numel() <= CHUNK:
-        return [(slice(None), slice(None))]
+        return [WHOLE]
     if c * h * w <= CHUNK:
         step = CHUNK // (c * h * w)
-        return [(slice(i, i + step), slice(None)) for i in range(0, n, step)]
-    parts = round(c * h * w / CHUNK)
-    step = -(-h * w // (16 * parts)) * 16  # equal parts of whole cache lines
-    return [(slice(i, i + 1), slice(p, p + step)) for i in range(n) for p in range(0, h * w, step)]
+        return [Part(slice(i, i + step), slice(None)) for i in range(0, n, step)]
+    count = round(c * h * w / CHUNK)
+    step = -(-h * w // (16 * count)) * 16  # equal parts of whole cache lines
+    return [Part(slice(i, i + 1), slice(p, p + step))
+            for i in range(n) for p in range(0, h * w, step)]
 
 
 class _Scratch(threading.local):
@@ -67,16 +85,17 @@ def scratch_like(chunk: Tensor) -> tuple[Tensor, Tensor]:
     return flat, flat[:-1].view(n, c, p)
 
 
-def by_chunk(x: Tensor, positions: Tensor | None) -> Iterator[tuple]:
-    """Yields the index of each chunk, the chunk (n, C, P) and the dropped positions in it."""
-    chunks, flat = _chunks(x), x.flatten(2)
-    views = [flat[samples, :, pixels] for samples, pixels in chunks]
-    if positions is None or len(chunks) == 1:
-        dropped = [None if positions is None else positions.long()] * len(chunks)
+def by_chunk(x: Tensor,
+             positions: Tensor | None) -> Iterator[tuple[Part, Tensor, Tensor | None]]:
+    """Yields each part of x, its chunk (n, C, P) and the dropped positions in that."""
+    parts, flat = _parts(x), x.flatten(2)
+    views = [part.of(flat) for part in parts]
+    if positions is None or len(parts) == 1:
+        dropped = [None if positions is None else positions.long()] * len(parts)
     else:
         ends = torch.tensor([v.numel() for v in views], device='cpu').cumsum(0)
         bounds = [0, *torch.searchsorted(positions.long(), ends).tolist()]
         starts = [0, *ends.tolist()]
         dropped = [positions[a:b].long() - start
                    for a, b, start in zip(bounds, bounds[1:], starts, strict=False)]
-    yield from zip(chunks, views, dropped, strict=True)
+    yield from zip(parts, views, dropped, strict=True)

@@ -33,7 +33,7 @@ class Kept(NamedTuple):
     z is the convolution's output, from which the shifts are still to be subtracted. Where y is
     kept, z * rstd = y - residual - bias; under a relu that holds where y is above 0, and
     elsewhere the gradient is 0. y and the residual cost no memory where the neighbouring layers
-    keep them anyway.
+    keep them anyway. Neither is kept where the input needs no gradient and there is no relu.
     """
 
     z: Tensor | None = None

@@ -103,9 +103,10 @@ def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum:
     partial = grad.new_empty((programs, 2, o), dtype=torch.float32)
     shift_args, flags = _two(shifts)
     has_y = kept.y is not None
+    output = kept.y if has_y else grad if kept.z is None else kept.z  # grad: read in vain
     residual = None if kept.residual is None else dense_like(kept.residual, grad)
-    _launch(kernels.scale_grad, grad, (programs, ), grad, kept.y if has_y else kept.z,
-            residual, out, mean, rstd, weight_sum, _dense(bias), *shift_args, to_mean,
+    _launch(kernels.scale_grad, grad, (programs, ), grad, output, residual,
+            out, mean, rstd, weight_sum, _dense(bias), *shift_args, to_mean,
             to_var, partial, n * h * w, h * w, o, *_strides(grad), RELU=kept.relu, HAS_Y=has_y,
             RESIDUAL=residual is not None, BIAS=bias is not None, P=PIXELS,
             B=min(OUTPUTS, triton.next_power_of_2(o)), **flags)

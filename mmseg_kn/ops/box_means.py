@@ -1,0 +1,64 @@
+"""Means over every window of maps with one channel, and their adjoint.
+
+Windows without gaps are torch's average pooling, one call. Others are summed row by row, then
+column by column: torch has no dilated average pooling.
+"""
+import functools
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Geometry
+
+_aten = torch.ops.aten
+
+
+def _pooling(geometry: Geometry) -> tuple | None:
+    """Kernel, stride and padding as torch's pooling takes them; None if it cannot."""
+    padding = geometry.symmetric_padding
+    if geometry.dilation != (1, 1) or padding is None or any(
+            2 * p > k for p, k in zip(padding, geometry.kernel, strict=True)):
+        return None
+    return geometry.kernel, geometry.stride, padding
+
+
+def box_mean(maps: Tensor, geometry: Geometry) -> Tensor:
+    """Means of (M, N, H, W) over every window, padding included, to (M, N, Ho, Wo)."""
+    if pooling := _pooling(geometry):
+        return F.avg_pool2d(maps, *pooling)
+    sizes = geometry.output_size(*maps.shape[-2:])
+    if any(geometry.padding):
+        maps = F.pad(maps, geometry.padding)
+    for dim, size, k, s, d in zip((2, 3), sizes, geometry.kernel, geometry.stride,
+                                  geometry.dilation, strict=True):
+        maps = functools.reduce(operator.add, (_every(maps, dim, i * d, size, s)
+                                               for i in range(k)))
+    return maps / (geometry.kernel[0] * geometry.kernel[1])
+
+
+def box_mean_transpose(maps: Tensor, geometry: Geometry, height: int, width: int) -> Tensor:
+    """Adjoint of :func:`box_mean`: (M, N, Ho, Wo) to (M, N, ``height``, ``width``)."""
+    if pooling := _pooling(geometry):
+        pooled = maps.new_empty((*maps.shape[:2], height, width))  # only its shape is read
+        return _aten.avg_pool2d_backward(maps, pooled, *pooling, False, True, None)
+    left, right, top, bottom = geometry.padding
+    padded = (height + top + bottom, width + left + right)
+    maps = maps / (geometry.kernel[0] * geometry.kernel[1])
+    for dim, k, s, d in zip((3, 2), reversed(geometry.kernel), reversed(geometry.stride),
+                            reversed(geometry.dilation), strict=True):
+        shape = list(maps.shape)
+        shape[dim] = padded[dim - 2]
+        spread = maps.new_zeros(shape)
+        for i in range(k):
+            _every(spread, dim, i * d, maps.size(dim), s).add_(maps)
+        maps = spread
+    return maps[..., top:top + height, left:left + width]
+
+
+def _every(maps: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
+    """View of ``size`` rows or columns from ``start``, ``step`` apart."""
+    index = [slice(None)] * maps.dim()
+    index[dim] = slice(start, start + (size - 1) * step + 1, step)
+    return maps[tuple(index)]
