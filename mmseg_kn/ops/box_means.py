@@ -27,7 +27,8 @@ def _pooling(geometry: Geometry) -> tuple | None:
 def box_mean(maps: Tensor, geometry: Geometry) -> Tensor:
     """Means of (M, N, H, W) over every window, padding included, to (M, N, Ho, Wo)."""
     if pooling := _pooling(geometry):
-        return F.avg_pool2d(maps, *pooling)
+        means = F.avg_pool2d(_one_channel(maps), *pooling)
+        return means.view(*maps.shape[:2], *means.shape[2:])
     sizes = geometry.output_size(*maps.shape[-2:])
     if any(geometry.padding):
         maps = F.pad(maps, geometry.padding)
@@ -41,8 +42,10 @@ def box_mean(maps: Tensor, geometry: Geometry) -> Tensor:
 def box_mean_transpose(maps: Tensor, geometry: Geometry, height: int, width: int) -> Tensor:
     """Adjoint of :func:`box_mean`: (M, N, Ho, Wo) to (M, N, ``height``, ``width``)."""
     if pooling := _pooling(geometry):
-        pooled = maps.new_empty((*maps.shape[:2], height, width))  # only its shape is read
-        return _aten.avg_pool2d_backward(maps, pooled, *pooling, False, True, None)
+        shape = (*maps.shape[:2], height, width)
+        pooled = _one_channel(maps.new_empty(shape))  # only its shape is read
+        return _aten.avg_pool2d_backward(_one_channel(maps), pooled, *pooling, False, True,
+                                         None).view(shape)
     left, right, top, bottom = geometry.padding
     padded = (height + top + bottom, width + left + right)
     maps = maps / (geometry.kernel[0] * geometry.kernel[1])
@@ -55,6 +58,11 @@ def box_mean_transpose(maps: Tensor, geometry: Geometry, height: int, width: int
             _every(spread, dim, i * d, maps.size(dim), s).add_(maps)
         maps = spread
     return maps[..., top:top + height, left:left + width]
+
+
+def _one_channel(maps: Tensor) -> Tensor:
+    """(M * N, 1, H, W): torch's pooling takes a batch of 0, but no 0 channels."""
+    return maps.flatten(0, 1).unsqueeze(1)
 
 
 def _every(maps: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:

@@ -12,7 +12,7 @@ from mmseg.models import EncoderDecoder, SegTTAModel
 from mmseg.structures import SegDataSample
 from torch import distributed
 
-from mmseg_kn.engine.channels_last_hook import ChannelsLastHook
+from mmseg_kn.engine.channels_last_hook import ChannelsLastHook, use_channels_last
 
 SIZE = (32, 64)
 HEAD = dict(type='FCNHead', in_channels=724, in_index=3, channels=8, num_convs=1, num_classes=3,
@@ -90,3 +90,17 @@ def test_it_ends_with_the_run(wrap, one_process):
     assert channels_last()
     hook.after_run(runner)
     assert not channels_last()
+
+
+def test_logits_reach_the_loss_in_the_usual_format():
+    model = build()
+    image = torch.rand(2, 3, *SIZE).contiguous(memory_format=torch.channels_last)
+
+    def is_usual():
+        return model.decode_head(model.extract_feat(image)).is_contiguous()
+
+    assert not is_usual()
+    handle = use_channels_last(model)
+    assert is_usual()
+    handle.remove()
+    assert not is_usual()

@@ -69,12 +69,14 @@ def test_opcheck():
     x, weight, bias, residual = (torch.randn(shape, requires_grad=True) for shape in (
         (2, 4, 6, 5), (3, 4, 2, 2), (3, ), (2, 3, 5, 4)))
     dropped = fused.draw_mask(x.detach(), 0.1)
-    for args in ((x, weight, bias, residual, dropped, [1, 1], [0, 0], [1, 1], 1, 0.1, True, 1e-5,
-                  False, 'fused'),
-                 (x, weight, None, None, None, [2, 1], [1, 1], [1, 2], 1, 0.0, False, 1e-5, True,
+    dense, strided = ([1, 1], [0, 0], [1, 1], 1), ([2, 1], [1, 1], [1, 2], 1)
+    # dropout_p, training, rectify, eps, relu, keep_output, impl
+    for args in ((x, weight, bias, residual, dropped, *dense, 0.1, True, False, 1e-5, False, True,
                   'fused'),
-                 (x.bfloat16(), weight, bias, None, dropped, [1, 1], [0, 0], [1, 1], 1, 0.1, True,
-                  1e-5, False, 'fused')):
+                 (x, weight, None, None, None, *strided, 0.0, False, True, 1e-5, True, True,
+                  'fused'),
+                 (x.bfloat16(), weight, bias, None, dropped, *dense, 0.1, True, False, 1e-5, False,
+                  False, 'fused')):
         torch.library.opcheck(operators._kn_conv2d, args,
                               test_utils=('test_schema', 'test_autograd_registration',
                                           'test_faketensor'))

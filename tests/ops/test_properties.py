@@ -162,7 +162,7 @@ def mask(x, dropped, p):
     n, c, h, w = x.shape
     one = torch.full((n, h, w), c, dtype=x.dtype)
     return fused.add_moment_grads(torch.zeros_like(x), x, make_geometry(1), dropped, p,
-                                  MomentGrads(one, torch.zeros_like(one), None))
+                                  MomentGrads(one, torch.zeros_like(one), None), False)
 
 
 @contextmanager
@@ -175,9 +175,10 @@ def dropping_the_same(x, padding, p, run):
         run()
         if drawn:
             (seen, dropped), = drawn
-            scale = mask(seen.detach(), dropped, p) / (1 - p)
-            if seen.shape == x.shape:  # else padded beforehand
-                scale = F.pad(scale, padding)
+            if seen.shape == x.shape:
+                scale = F.pad(mask(x.detach(), dropped, p), padding) / (1 - p)
+            else:  # elements of the padding are counted where the sides differ
+                scale = mask(F.pad(x.detach(), padding), dropped, p) / (1 - p)
             patch.setattr(fused, 'draw_mask', lambda x, p: dropped)
             patch.setattr(F, 'dropout', lambda x, p: x * scale)
         yield bool(drawn)

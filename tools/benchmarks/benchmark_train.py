@@ -2,10 +2,9 @@
 
 Images and labels are random and on the device already: what is measured is the model, its loss
 and its optimizer, not the data pipeline. The multiply-adds are those of the backbone's
-convolutions for one image. Saved is what a training step keeps for its backward pass. Peak memory
-is on a GPU what a step takes above what was there before, weights and momentum; on the CPU that of
-the whole process, given for one config alone. Private configs clip each sample and add noise as in
-training.
+convolutions for one image. Kept is what a training step keeps for its backward pass, by layer with
+--memory. Peak is the most that a step holds above what was there before, weights and momentum.
+Private configs clip each sample and add noise as in training.
 
     python tools/benchmarks/benchmark_train.py \
         configs/deeplabv3/deeplabv3_knr18-d8_1xb2-400_camvid-160x160.py \
@@ -35,14 +34,8 @@ from mmseg_kn.engine.channels_last_hook import use_channels_last
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
 
 from config_args import add_config_args, load_config  # noqa: E402
-from shared import (  # noqa: E402
-    device_name,
-    giga_multiply_adds,
-    saved_bytes,
-    spread,
-    versions,
-    write_csv,
-)
+from memory import kept_by_layer, peak_bytes  # noqa: E402
+from shared import device_name, giga_multiply_adds, spread, versions, write_csv  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +51,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--channels-last', action='store_true', help='as ChannelsLastHook has it')
     parser.add_argument('--profile', type=int, default=0, metavar='OPS',
                         help='print how a training step divides among so many operators')
+    parser.add_argument('--memory', type=int, default=0, metavar='LAYERS',
+                        help='print so many layers of each config that keep most for backward')
     parser.add_argument('--out', help='CSV to write')
     args = parser.parse_args()
     args.device = torch.device(args.device)
@@ -114,16 +109,17 @@ class Contender:
         with self.autocast():
             self.model(data['inputs'], mode='tensor')
 
-    def saved_mib(self) -> float:
-        """Kept for the backward pass of a training step."""
+    def kept_mib(self) -> dict[str, float]:
+        """Kept by each layer for the backward pass of a training step."""
         data = self.model.train().data_preprocessor(self.batch, training=True)
 
-        def loss(inputs):
+        def loss():
             with self.autocast():
                 return self.model.parse_losses(
-                    self.model.loss(inputs, data['data_samples']))[0]
+                    self.model.loss(data['inputs'], data['data_samples']))[0]
 
-        return saved_bytes(self.model, data['inputs'], loss) / 2**20
+        kept = kept_by_layer(self.model, loss, leave_out=(data['inputs'], ))
+        return {name: count / 2**20 for name, count in kept.most_common()}
 
     def multiply_adds(self) -> float:
         """Of the backbone's convolutions for one image, in 10 ** 9."""
@@ -132,19 +128,15 @@ class Contender:
         return giga_multiply_adds(lambda: self.model.backbone(image))
 
 
-def timed(call, device: torch.device) -> tuple[float, float | None]:
-    """Seconds, and the peak of memory in MiB, None where it is not known."""
+def timed(call, device: torch.device) -> float:
+    """Seconds."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     call()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        return seconds, (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    return time.perf_counter() - start, None
+    return time.perf_counter() - start
 
 
 def times_of_operators(contender: Contender, args: argparse.Namespace) -> dict[str, float]:
@@ -176,6 +168,14 @@ def print_profile(contenders: list[Contender], args: argparse.Namespace) -> None
         print(f'{name[:50]:50}' + ''.join(f'{value:10.1f}' for value in values))
 
 
+def print_kept(name: str, kept: dict[str, float], count: int) -> None:
+    shown, rest = list(kept.items())[:count], list(kept.items())[count:]
+    print(f'\n{name}: MiB kept for backward, by layer')
+    for layer, mib in [*shown, (f'{len(rest)} others', sum(mib for _, mib in rest)),
+                       ('all', sum(kept.values()))]:
+        print(f'{layer or "loss":50}{mib:10.2f}')
+
+
 def main() -> None:
     args = parse_args()
     logging.disable(logging.INFO)  # mmengine's line for every initialised weight
@@ -192,37 +192,37 @@ def main() -> None:
                 sample = timed(getattr(contender, mode), args.device)
                 if i >= 2:
                     samples.setdefault((j, mode), []).append(sample)
-    rows = []
+    rows, kept = [], [contender.kept_mib() for contender in contenders]
     for j, contender in enumerate(contenders):
-        macs, saved = contender.multiply_adds(), contender.saved_mib()
+        macs = contender.multiply_adds()
         for mode in ('train', 'infer'):
-            times = [s[0] for s in samples[j, mode]]
+            times = samples[j, mode]
             median = statistics.median(times)
-            base = statistics.median(s[0] for s in samples[len(contenders) - 1, mode])
-            peak = samples[j, mode][-1][1]
-            if peak is None and len(contenders) == 1:
-                import resource  # which Windows lacks
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            base = statistics.median(samples[len(contenders) - 1, mode])
+            peak = peak_bytes(getattr(contender, mode), args.device) / 2**20
             rows.append(dict(config=contender.name, step=mode, **setting, batch=args.batch_size,
                              height=args.shape[0], width=args.shape[1],
                              dtype='bfloat16 AMP' if args.amp else 'float32',
                              layout='channels_last' if args.channels_last else 'channels_first',
                              **spread([1e3 * seconds for seconds in times], 1),
                              images_per_s=f'{args.batch_size / median:.3f}',
-                             saved_mib=f'{saved:.0f}' if mode == 'train' else '',
-                             peak_mib='' if peak is None else f'{peak:.0f}',
+                             kept_mib=f'{sum(kept[j].values()):.1f}' if mode == 'train' else '',
+                             peak_mib=f'{peak:.1f}',
                              backbone_gmacs=f'{macs:.2f}', ratio=f'{median / base:.3f}'))
     width = max(len(row['config']) for row in rows)
-    print(f'{"config":{width}}  step   median ms (20 .. 80 %)     images/s  saved MiB  peak MiB  '
+    print(f'{"config":{width}}  step   median ms (20 .. 80 %)     images/s   kept MiB  peak MiB  '
           'backbone GMAC  ratio')
     for row in rows:
         times = f'{row["median_ms"]} ({row["p20_ms"]} .. {row["p80_ms"]})'
         print(f'{row["config"]:{width}}  {row["step"]:5}  {times:25} {row["images_per_s"]:>9} '
-              f'{row["saved_mib"] or "-":>10} {row["peak_mib"] or "-":>9} '
+              f'{row["kept_mib"] or "-":>10} {row["peak_mib"]:>9} '
               f'{row["backbone_gmacs"]:>14} {row["ratio"]:>6}')
     if args.out:
         write_csv(rows, args.out)
         print(f'written to {args.out}')
+    if args.memory:
+        for contender, layers in zip(contenders, kept, strict=True):
+            print_kept(contender.name, layers, args.memory)
     if args.profile:
         print_profile(contenders, args)
 
