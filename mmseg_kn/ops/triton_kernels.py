@@ -234,9 +234,11 @@ def scale_grad(grad_ptr, kept_ptr, residual_ptr, h_ptr, mean_ptr, rstd_ptr, weig
 def add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride_n, stride_c,
                      stride_p, units, Ho, Wo, kh, kw, sh, sw, left, top, dh, dw, inv_k,
                      threshold, DROPOUT: tl.constexpr, UNMASKED: tl.constexpr,
-                     RECTIFIED: tl.constexpr, P: tl.constexpr,
-                     C4: tl.constexpr):
-    """dx += box^T(unmasked) + m * (box^T(constant) + box^T(slope) * x), m the mask."""
+                     RECTIFIED: tl.constexpr, P: tl.constexpr, C4: tl.constexpr):
+    """dx += box^T(unmasked) + m * (box^T(constant) + box^T(slope) * x), m the mask.
+
+    Where x is a relu's output (``RECTIFIED``), dx becomes 0 where x is 0.
+    """
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     inside = pixel < pixels
     line = pixel // W
@@ -270,12 +272,13 @@ def add_moment_grads(dx_ptr, x_ptr, maps_ptr, seed_ptr, pixels, H, W, C, stride_
             channel = start + j * C4 + tl.arange(0, C4)
             mask = inside[:, None] & (channel < C)[None, :]
             where = offset[:, None] + channel.to(tl.int64)[None, :] * stride_c
-            x_value = tl.load(x_ptr + where, mask, other=0.0).to(tl.float32)
-            value = constant[:, None] + slope[:, None] * x_value
+            # dx first: in the other order registers spill on sm 90.
+            dx = tl.load(dx_ptr + where, mask, other=0.0).to(tl.float32) + unmasked[:, None]
+            element = tl.load(x_ptr + where, mask, other=0.0)
+            value = constant[:, None] + slope[:, None] * element.to(tl.float32)
             if DROPOUT:
                 value *= _kept(bits[j], threshold)
-            dx = tl.load(dx_ptr + where, mask, other=0.0).to(tl.float32)
-            dx += value + unmasked[:, None]
+            dx += value
             if RECTIFIED:
-                dx = tl.where(x_value > 0, dx, 0.0)
+                dx = tl.where(element > 0, dx, 0.0)
             tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask)

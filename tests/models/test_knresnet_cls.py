@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from mmseg_kn import KNResNet, KNResNetClassifier, KNResNetCls
 from mmseg_kn.checkpoints.norm_torch import convert_norm_torch
 from mmseg_kn.models.knresnet import Block, Transition
+from mmseg_kn.ops import kernel_norm2d
 
 
 def authors(depth):
@@ -30,7 +31,9 @@ def test_equals_the_authors(depth):
             watch(unit, f'{"res" if type(unit) is Block else "trans"}_block{counts[type(unit)]}')
     if net.backbone.tail is not None:
         watch(net.backbone.tail, 'conv_block_f')
-    watch(net.backbone.norm, 'kn_f')
+    # Without the ReLU that ours ends with.
+    net.backbone.norm.register_forward_hook(lambda m, i, o: seen.update(
+        kn_f=kernel_norm2d(i[0], dropout_p=m.dropout_p, training=m.training)))
     net.backbone.layer1.register_forward_pre_hook(lambda m, i: seen.update(block0=i[0]))
     with torch.no_grad():
         logits = net(golden.image((2, 3, 128, 160)).double())

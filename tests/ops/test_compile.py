@@ -35,7 +35,8 @@ def test_torch_compile_trains_the_same_without_graph_break(depth):
     compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
     for a, b in zip(outputs_and_gradients(compiled, net, x), outputs_and_gradients(net, net, x),
                     strict=True):
-        assert torch.equal(a, b)
+        # In eager mode KernelNorm2d's gradient is in closed form.
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize('impl', ['fused', 'triton'])
@@ -104,7 +105,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
                             capture_output=True, text=True, check=True).stdout
     print(report)
     rows = [line.split() for line in report.splitlines()[1:]]
-    assert {row[4] for row in rows} == {'80', '90'} and len(rows) == 58
+    assert {row[4] for row in rows} == {'80', '90'} and len(rows) == 60
     assert all(row[-1] == '0' for row in rows), 'a kernel spills registers'
 
 

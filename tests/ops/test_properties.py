@@ -16,6 +16,7 @@ from torch import nn
 from mmseg_kn import KernelNorm2d, KNConv2d
 from mmseg_kn.ops import fused, kernel_norm2d, kn_conv2d
 from mmseg_kn.ops.geometry import make_geometry
+from mmseg_kn.ops.memory_format import dense_like
 from mmseg_kn.ops.passes import MomentGrads
 
 CASES = int(os.environ.get('PROPERTY_CASES', 2000))
@@ -176,9 +177,10 @@ def dropping_the_same(x, padding, p, run):
         if drawn:
             (seen, dropped), = drawn
             if seen.shape == x.shape:
-                scale = F.pad(mask(x.detach(), dropped, p), padding) / (1 - p)
+                scale = F.pad(mask(seen.detach(), dropped, p), padding) / (1 - p)
             else:  # elements of the padding are counted where the sides differ
-                scale = mask(F.pad(x.detach(), padding), dropped, p) / (1 - p)
+                padded = F.pad(dense_like(x.detach(), x), padding)
+                scale = mask(padded, dropped, p) / (1 - p)
             patch.setattr(fused, 'draw_mask', lambda x, p: dropped)
             patch.setattr(F, 'dropout', lambda x, p: x * scale)
         yield bool(drawn)

@@ -30,9 +30,9 @@ ACTIVATIONS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 
 FLOATS = {'q', 'excess', 'eps', 'inv_k'}
 # Flags of each kernel beside all on: other code, not less of it
 VARIANTS = {
-    'channel_sums': dict(DROPOUT=False),
-    'scale_grad': dict(RELU=False),
-    'add_moment_grads': dict(DROPOUT=False),
+    'channel_sums': [dict(DROPOUT=False)],
+    'scale_grad': [dict(RELU=False), dict(RELU=False, HAS_Y=False)],
+    'add_moment_grads': [dict(DROPOUT=False)],
 }
 SIZES = dict(P=passes.PIXELS, C4=passes.CHANNELS, B=passes.OUTPUTS)
 
@@ -77,10 +77,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
-    print(f'{"kernel":18} {"options":13} {"dtype":6} {"layout":14} {"sm":4} {"registers":10} '
+    print(f'{"kernel":18} {"options":17} {"dtype":6} {"layout":14} {"sm":4} {"registers":10} '
           'spilled bytes')
     for name in MAPS:
-        for flags in ({}, VARIANTS[name]) if name in VARIANTS else ({}, ):
+        for flags in ({}, *VARIANTS.get(name, ())):
             # what the flags change does not depend on dtype and layout: one of each
             layouts = [('channels_first', 'stride_p'), ('channels_last', 'stride_c')]
             dtypes = ('fp32', ) if name == 'moments' or flags else ('fp32', 'fp16', 'bf16')
@@ -88,7 +88,7 @@ def main() -> None:
             for dtype, (layout, unit_stride), capability in itertools.product(
                     dtypes, layouts[:1] if flags else layouts, (80, 90)):
                 registers, spilled = compile_kernel(name, dtype, capability, unit_stride, flags)
-                print(f'{name:18} {options.replace(" ", "_"):13} {dtype:6} {layout:14} '
+                print(f'{name:18} {options.replace(" ", "_"):17} {dtype:6} {layout:14} '
                       f'{capability:<4} {registers:<10} {spilled}')
 
 
