@@ -28,7 +28,7 @@ class AtomicBackend(LocalBackend):
         write_atomically(filepath, obj)
 
 
-register_backend('atomic', AtomicBackend, force=True)  # mmseg_kn may be imported anew
+register_backend('atomic', AtomicBackend, force=True)  # mmseg_kn may be imported again
 
 
 def damage_of(path: str | Path) -> str | None:
@@ -90,7 +90,7 @@ class SafeCheckpointHook(CheckpointHook):
             return
         named = Path(pointer).read_text().strip() if osp.isfile(pointer) else None
         if named and osp.isdir(named):
-            return  # of a sharded training; that this one cannot read it is told by the loader
+            return  # of a sharded training; if it does not fit this one, the loader says so
         order = self._newest_first(folder, named)
         for path in order:
             if (damage := damage_of(path)) is None:
@@ -103,7 +103,7 @@ class SafeCheckpointHook(CheckpointHook):
                                   'it can be deleted')
         if order:
             raise ValueError(f'no checkpoint in {folder} is whole, so there is none to resume '
-                             'from; delete them to start anew, or restore one')
+                             'from; delete them to start from the beginning, or restore one')
 
     def _newest_first(self, folder: str, named: str | None) -> list[str]:
         """The checkpoints of a folder, newest first.

@@ -42,8 +42,8 @@ class DPHook(Hook):
         if runner._resume:
             if state is None:
                 raise ValueError('the checkpoint to resume from was not trained privately, so '
-                                 'that no account of its steps exists; start anew with '
-                                 'load_from, if its data were other than these')
+                                 'that no account of its steps exists; if its data were others, '
+                                 'start a new training from it with load_from')
             self.state = state
         else:
             self.loaded_private = state is not None

@@ -1,4 +1,4 @@
-"""The stem is watched while it trains, and its loss is told once."""
+"""The stem is watched while it trains, and its loss is reported once."""
 import logging
 from types import SimpleNamespace
 

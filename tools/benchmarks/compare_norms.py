@@ -156,12 +156,12 @@ def run(cell: Path, cfg: Config) -> dict:
             [sys.executable, TRAIN, cell / 'config.py', '--work-dir', cell, '--resume'],
             stdout=log, stderr=subprocess.STDOUT)
         try:
-            pid, told = 0, start
+            pid, reported = 0, start
             while not pid:
                 time.sleep(.2)
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                if time.time() - told > TELL_SECONDS:
-                    told = time.time()
+                if time.time() - reported > TELL_SECONDS:
+                    reported = time.time()
                     print(progress(cell, end), flush=True)
         except BaseException:
             process.kill()

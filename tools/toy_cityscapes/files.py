@@ -83,7 +83,7 @@ def generate(root, train=400, val=100, size=(128, 256), seed=0, workers=1, force
         val (int): Number of validation scenes. Default 100.
         size (tuple[int]): (H, W) in pixels, at least (64, 96). Default (128, 256).
         seed (int): Not negative. Default 0.
-        workers (int): Processes. Default 1, none besides this one.
+        workers (int): Processes. Default 1, none in addition to this one.
         force (bool): Replace a set that this tool wrote at root; other files stay. Default False.
         progress (bool): Show a progress line on stderr. Default False.
 
