@@ -1,7 +1,8 @@
 """Kernel normalization for MMSegmentation.
 
-Importing this package registers ``KN``, ``KNConv``, ``KNResNet`` and ``KNResNetCls``; a config
-does so with ``custom_imports=dict(imports=['mmseg_kn'], allow_failed_imports=False)``.
+Importing this package registers ``KN``, ``KNConv``, ``KNResNet``, ``KNResNetCls`` and
+``KernelNormalized``; a config does so with
+``custom_imports=dict(imports=['mmseg_kn'], allow_failed_imports=False)``.
 """
 from . import stack
 
@@ -11,11 +12,20 @@ from . import datasets, engine, ops  # noqa: E402, F401
 from ._version import __version__  # noqa: E402, F401
 from .checkpoints import safe_load  # noqa: E402
 from .engine import cpu_launch  # noqa: E402
-from .models import KernelNorm2d, KNConv2d, KNResNet, KNResNetClassifier, KNResNetCls  # noqa: E402
+from .models import (  # noqa: E402
+    KernelNorm2d,
+    KNConv2d,
+    KNResNet,
+    KNResNetClassifier,
+    KNResNetCls,
+    conversion_table,
+    kernelize,
+)
 
 safe_load.setup()
 cpu_launch.setup()
 
 __all__ = [
-    'KNConv2d', 'KNResNet', 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d', 'ops'
+    'KNConv2d', 'KNResNet', 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d',
+    'conversion_table', 'kernelize', 'ops'
 ]

@@ -91,6 +91,33 @@ class KernelNorm2d(nn.Module):
                 + _activation_repr(self) + _impl_repr(self.impl))
 
 
+class KernelNormNd(KernelNorm2d):
+    """:class:`KernelNorm2d` of kernel 1 for inputs of any rank: normalizes over the channels.
+
+    Args:
+        num_features: Channels C of the input.
+        channel_dim: Which dimension they are, 1 or -1.
+        dropout_p: As in KernelNorm2d.
+        eps: Added to the variance.
+
+    Shape:
+        (N, C, ...), or (N, ..., C) with ``channel_dim=-1``, to the same.
+    """
+
+    def __init__(self, num_features: int, channel_dim: int = 1, dropout_p: float = 0.05,
+                 eps: float = 1e-5) -> None:
+        super().__init__(num_features, dropout_p=dropout_p, eps=eps)
+        self.channel_dim = channel_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.movedim(self.channel_dim, 1)
+        y = super().forward(x.reshape(*x.shape[:2], -1, 1))
+        return y.reshape(x.shape).movedim(1, self.channel_dim)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, channel_dim={self.channel_dim}'
+
+
 @MODELS.register_module(name=['KNConv', 'KNConv2d'])
 class KNConv2d(nn.Conv2d):
     r"""Convolution whose windows are each normalized by their own mean and variance.

@@ -12,7 +12,8 @@ REGISTERED = {
         'KN': 'KernelNorm2d', 'KernelNorm2d': 'KernelNorm2d', 'KNConv': 'KNConv2d',
         'KNConv2d': 'KNConv2d', 'KNResNetCls': 'KNResNetCls', 'NoNorm': 'NoNorm'},
     'mmseg.registry.MODELS': {
-        name: name for name in ('KNResNet', 'NormKNResNet', 'PlainPoolASPPHead')},
+        name: name for name in ('KNResNet', 'KernelNormalized', 'NormKNResNet',
+                                'PlainPoolASPPHead')},
     'mmseg.registry.DATASETS': {'KNCityscapesDataset': 'KNCityscapesDataset'},
     'mmengine.registry.HOOKS': {
         name: name for name in ('ChannelsLastHook', 'ClassCheckHook', 'DPHook',
@@ -28,7 +29,7 @@ REGISTERED = {
 # Modules, and what their __all__ lists for scripts to import.
 EXPORTED = {
     'mmseg_kn': ['KNConv2d', 'KNResNet', 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d',
-                 'ops'],
+                 'conversion_table', 'kernelize', 'ops'],
     'mmseg_kn.ops': ['IMPLS', 'chosen_impl', 'kernel_norm2d', 'kn_conv2d'],
     'mmseg_kn.datasets': ['KNCityscapesDataset'],
     'mmseg_kn.privacy': ['DPHook', 'DPIterBasedTrainLoop', 'DPOptimWrapper', 'GradSampler',
