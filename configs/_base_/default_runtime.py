@@ -16,5 +16,9 @@ resume = False
 tta_model = dict(type='SegTTAModel')
 
 # The first logs stem_signal, and warns if the stem of a KernelNorm network is
-# lost. The second compares the classes of heads, data and checkpoint.
-custom_hooks = [dict(type='StemSignalHook'), dict(type='ClassCheckHook')]
+# lost. The second compares the classes of heads, data and checkpoint. The third
+# warns if kernel normalization does not reach all of the network.
+custom_hooks = [
+    dict(type='StemSignalHook'), dict(type='ClassCheckHook'),
+    dict(type='PartialNormHook')
+]

@@ -2,7 +2,8 @@
 _base_ = './default_runtime.py'
 custom_imports = dict(imports=['mmseg_kn', 'mmseg_kn.privacy'])
 custom_hooks = [
-    dict(type='StemSignalHook'), dict(type='ClassCheckHook'), dict(type='DPHook')
+    dict(type='StemSignalHook'), dict(type='ClassCheckHook'),
+    dict(type='PartialNormHook'), dict(type='DPHook')
 ]
 # without effect on one GPU
 model_wrapper_cfg = dict(type='MMDPDistributedDataParallel')

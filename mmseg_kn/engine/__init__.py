@@ -2,10 +2,11 @@
 from .channels_last_hook import ChannelsLastHook
 from .class_check_hook import ClassCheckHook
 from .iteration_seed_hook import IterationSeedHook
+from .partial_norm_hook import PartialNormHook
 from .safe_checkpoint_hook import SafeCheckpointHook
 from .stem_signal_hook import StemSignalHook
 
 __all__ = [
-    'ChannelsLastHook', 'ClassCheckHook', 'IterationSeedHook', 'SafeCheckpointHook',
-    'StemSignalHook'
+    'ChannelsLastHook', 'ClassCheckHook', 'IterationSeedHook', 'PartialNormHook',
+    'SafeCheckpointHook', 'StemSignalHook'
 ]

@@ -17,7 +17,8 @@ REGISTERED = {
     'mmseg.registry.DATASETS': {'KNCityscapesDataset': 'KNCityscapesDataset'},
     'mmengine.registry.HOOKS': {
         name: name for name in ('ChannelsLastHook', 'ClassCheckHook', 'DPHook',
-                                'IterationSeedHook', 'SafeCheckpointHook', 'StemSignalHook')},
+                                'IterationSeedHook', 'PartialNormHook', 'SafeCheckpointHook',
+                                'StemSignalHook')},
     'mmengine.registry.OPTIM_WRAPPERS': {'DPOptimWrapper': 'DPOptimWrapper'},
     'mmengine.registry.LOOPS': {'DPIterBasedTrainLoop': 'DPIterBasedTrainLoop'},
     'mmengine.registry.DATA_SAMPLERS': {'PoissonBatchSampler': 'PoissonBatchSampler'},
