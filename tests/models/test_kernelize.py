@@ -6,6 +6,7 @@ from pathlib import Path
 import mmseg
 import pytest
 import torch
+from converted import options_for, write_configs
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -13,7 +14,6 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from program import ROOT, execute
-from short_training import SHORT
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from toy_cityscapes import generate
@@ -414,24 +414,11 @@ def test_families_train_at_batch_1(family):
 
 
 def test_train_and_test(tmp_path):
-    generate(tmp_path / 'scenes', train=2, val=2, size=SIZE)
-    base = ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x256.py'
-    (tmp_path / 'bn.py').write_text(
-        f"_base_ = {str(base)!r}\n"
-        "norm = dict(type='SyncBN')\n"
-        "head = dict(conv_cfg=None, norm_cfg=dict(_delete_=True, **norm), "
-        "act_cfg=dict(_delete_=True, type='ReLU'))\n"
-        "model = dict(backbone=dict(_delete_=True, type='ResNetV1c', depth=18, norm_cfg=norm, "
-        "out_indices=(2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1)), "
-        "decode_head=dict(in_channels=512, **head), "
-        "auxiliary_head=dict(in_channels=256, **head))\n")
-    (tmp_path / 'kn.py').write_text(
-        "_base_ = 'bn.py'\n"
-        "model = dict(_delete_=True, type='KernelNormalized', model={{_base_.model}})\n")
-    options = ['--cfg-options', *(o.replace('model.', 'model.model.') for o in SHORT),
-               *(f'{split}_dataloader.dataset.data_root={tmp_path}/scenes'
-                 for split in ('train', 'val', 'test')), 'train_cfg.max_iters=2']
+    generate(tmp_path / 'scenes', train=2, val=1, size=SIZE)
+    write_configs(tmp_path)
+    options = [*options_for(tmp_path / 'scenes', converted=True), 'train_cfg.max_iters=2',
+               'train_cfg.val_interval=2']
     log = execute(ROOT / 'tools/train.py', 'kn.py', '--work-dir', 'work', *options, cwd=tmp_path)
-    assert 'Iter(train) [2/2]' in log
+    assert 'Iter(train) [2/2]' in log and 'partly kernel-normalized' not in log
     log = execute(ROOT / 'tools/test.py', 'kn.py', 'work/iter_2.pth', *options, cwd=tmp_path)
     assert 'mIoU' in log and 'unexpected key' not in log and 'missing key' not in log
