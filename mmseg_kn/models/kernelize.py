@@ -160,7 +160,7 @@ def _knconv(conv: nn.Conv2d, norms: list[nn.Module], dropout_p: float, eps: floa
     shift = weight.new_zeros(conv.out_channels)
     affine = [a for a in map(_affine, norms) if a is not None]
     with torch.no_grad():
-        if affine and all(torch.equal(a, b) for other in affine
+        if affine and all(torch.equal(a, b) for other in affine[1:]
                           for a, b in zip(affine[0], other, strict=True)):
             weight.mul_(affine[0][0].view(-1, 1, 1, 1).to(weight))
             shift = affine[0][1].to(weight).clone()
