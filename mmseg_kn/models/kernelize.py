@@ -153,9 +153,10 @@ def _knconv(conv: nn.Conv2d, norms: list[nn.Module], dropout_p: float, eps: floa
             names: dict[nn.Module, str]) -> KNConv2d:
     """Takes the place of ``conv`` and the norms behind it; the parameter is the same."""
     weight = conv.weight
-    layer = KNConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                     conv.padding, conv.dilation, conv.groups, dropout_p=dropout_p, eps=eps,
-                     device='meta', dtype=weight.dtype)  # on meta, nothing is drawn
+    with torch.random.fork_rng(devices=[]):  # for its own weight, which is not kept
+        layer = KNConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                         conv.padding, conv.dilation, conv.groups, dropout_p=dropout_p, eps=eps,
+                         device='cpu', dtype=weight.dtype)
     layer.weight = weight
     shift = weight.new_zeros(conv.out_channels)
     affine = [a for a in map(_affine, norms) if a is not None]

@@ -19,7 +19,7 @@ from settings import flat
 
 CONFIG_DIR = ROOT / 'configs'
 CONFIGS = sorted(p.relative_to(CONFIG_DIR).as_posix() for p in CONFIG_DIR.glob('[!_]*/*.py')
-                 if p.parent.name != 'classification')
+                 if p.parent.name not in ('classification', 'kernelized'))
 SIZE = (64, 96)
 
 

@@ -4,7 +4,8 @@
     python tools/dev/config_tables.py --check  # writes nothing; exits with 1 if a table is stale
 
 A table stands between two comments. The first one names the data set whose configs the table
-lists, or "private" for the configs of private training. A row says what the name of a config
+lists, "private" for the configs of private training, or "kernelized" for those over a config of
+mmseg, which are named as that with "-kn" before the schedule. A row says what the name of a config
 says, and the mIoU that the metafile has for it. Rows keep the order of the metafile.
 """
 import argparse
@@ -19,6 +20,9 @@ TABLE = re.compile(r'(<!-- table of (\S+), [^\n]* -->\n).*?(<!-- end of the tabl
 NAME = re.compile(
     r'\w+_(?P<kn>kn)?r(?P<depth>\d+)(-(?P<norm>[a-z-]+))?-d8_(?P<batch>\d+xb\d+)'
     r'(?P<private>-dp-eps\d+)?-(?P<length>\d+k?)_(?P<data>[a-z-]+)-(?P<crop>\d+x\d+)')
+KERNELIZED = re.compile(
+    r'(?P<network>\w[\w-]*)-kn_(?P<batch>\d+xb\d+)-(?P<length>\d+k?)_(?P<data>[a-z-]+)-'
+    r'(?P<crop>\d+x\d+)')
 NORMS = {
     'kn': 'KernelNorm',
     'bn': 'BatchNorm',
@@ -33,10 +37,12 @@ DATA = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'toy-cityscapes': 'Gener
 
 def parts_of(name: str) -> dict[str, str | None]:
     """What the name of a config says."""
-    found = NAME.fullmatch(name)
-    if not found or found['data'] not in DATA or found['norm'] not in (None, *NORMS):
+    found = NAME.fullmatch(name) or KERNELIZED.fullmatch(name)
+    if not found or found['data'] not in DATA or found.groupdict().get('norm') not in (
+            None, *NORMS):
         raise ValueError(
-            'a config must be named METHOD_[kn]rDEPTH[-NORM]-d8_SCHEDULE_DATA-CROP, with NORM of '
+            'a config must be named METHOD_[kn]rDEPTH[-NORM]-d8_SCHEDULE_DATA-CROP, or '
+            'METHOD_BACKBONE-kn_SCHEDULE_DATA-CROP over one of mmseg, with NORM of '
             f'{", ".join(NORMS)} and DATA of {", ".join(DATA)}, got {name!r}; rename it, or add '
             f'its normalization or data set to {Path(__file__).name}')
     return found.groupdict()
@@ -45,6 +51,8 @@ def parts_of(name: str) -> dict[str, str | None]:
 def table_of(name: str) -> str:
     """The table in which a config is listed."""
     parts = parts_of(name)
+    if 'network' in parts:
+        return 'kernelized'
     return 'private' if parts['private'] else parts['data']
 
 
@@ -52,10 +60,16 @@ def row(model: dict) -> dict[str, str]:
     """Column -> cell for a model of a metafile."""
     parts = parts_of(model['Name'])
     results = model.get('Results', {}).get('Metrics', {})
+    if 'network' in parts:
+        network = {'Network of mmseg': parts['network']}
+    else:
+        network = {
+            'Backbone': f'{"KN" if parts["kn"] else ""}ResNet-{parts["depth"]}',
+            'Normalization': NORMS[parts['norm'] or ('kn' if parts['kn'] else 'bn')],
+        }
     return {
         'Data': DATA[parts['data']],
-        'Backbone': f'{"KN" if parts["kn"] else ""}ResNet-{parts["depth"]}',
-        'Normalization': NORMS[parts['norm'] or ('kn' if parts['kn'] else 'bn')],
+        **network,
         'Crop': parts['crop'],
         'Schedule': f'{parts["batch"]}, {parts["length"]}',
         'mIoU': str(results.get('mIoU', '-')),
