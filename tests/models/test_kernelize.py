@@ -410,6 +410,17 @@ def test_families_train_at_batch_1(family):
         torch.testing.assert_close(a[0], b[0])
 
 
+def test_settings_beside_the_model():
+    cfg = small()
+    options = dict(dropout_p=0.2, pretrained=None, train_cfg=None,
+                   data_preprocessor=dict(type='SegDataPreProcessor', mean=[9], std=[9]))
+    model = build(cfg, **options)
+    assert model.backbone.layer1[0].conv1.dropout_p == 0.2
+    assert model.data_preprocessor.mean.tolist() != [9] and model.train_cfg is None
+    del cfg['data_preprocessor']
+    assert build(cfg, **options).data_preprocessor.mean.tolist() == [[[9.]]]
+
+
 # A whole training
 
 
@@ -422,3 +433,11 @@ def test_train_and_test(tmp_path):
     assert 'Iter(train) [2/2]' in log and 'partly kernel-normalized' not in log
     log = execute(ROOT / 'tools/test.py', 'kn.py', 'work/iter_2.pth', *options, cwd=tmp_path)
     assert 'mIoU' in log and 'unexpected key' not in log and 'missing key' not in log
+    from mmseg.apis import MMSegInferencer, inference_model, init_model
+    config, checkpoint = str(tmp_path / 'kn.py'), str(tmp_path / 'work/iter_2.pth')
+    image = str(next(tmp_path.rglob('*_leftImg8bit.png')))
+    model = init_model(config, checkpoint, device='cpu')
+    assert any(isinstance(module, KNConv2d) for module in model.modules())
+    prediction = inference_model(model, image).pred_sem_seg.data[0]
+    found = MMSegInferencer(config, checkpoint, device='cpu')(image)['predictions']
+    assert (prediction.numpy() == found).all()

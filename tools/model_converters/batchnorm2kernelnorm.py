@@ -21,6 +21,7 @@ import torch
 
 import mmseg_kn
 from mmseg_kn.checkpoints.files import write_atomically
+from mmseg_kn.models.kernel_normalized import model_and_options
 
 # isort: split
 from mmengine.config import Config
@@ -64,11 +65,10 @@ def convert(cfg: Config, checkpoint: str, number: int) -> tuple[torch.nn.Module,
     """The converted model, and the meta data of the checkpoint that still hold."""
     model, options = cfg.model, {}
     if model.type == 'KernelNormalized':
-        options = {key: value for key, value in model.items() if key not in ('type', 'model')}
-        model = model.model
+        model, options = model_and_options(
+            **{name: value for name, value in model.items() if name != 'type'})
     if model.get('data_preprocessor') is None:
-        model.data_preprocessor = options.pop('data_preprocessor', cfg.data_preprocessor)
-    options.pop('data_preprocessor', None)
+        model = dict(model, data_preprocessor=cfg.data_preprocessor)
     model = MODELS.build(model).to(get_device())
     loaded = load_checkpoint(model, checkpoint, 'cpu', strict=True)
     mmseg_kn.kernelize(model, calibrate=train_images(cfg, number), **options)
