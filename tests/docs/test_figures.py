@@ -89,6 +89,19 @@ def test_figures_of_metafiles_are_measured(models):
             assert f'{miou} mIoU' in (ROOT / 'README.md').read_text(), name
 
 
+def test_figures_of_longer_trainings_are_measured():
+    """Every run is on the page, with each of its validations if it is of full length."""
+    text = (ROOT / 'docs/choosing_a_normalization.md').read_text()
+    text = text.split('## Longer trainings')[1].split('\n## ')[0]
+    with open(ROOT / 'docs/benchmarks/camvid_long_cpu.csv', newline='') as file:
+        for row in csv.DictReader(file):
+            figures = [row['mIoU']]
+            if int(row['iterations']) == 6400:
+                figures += [point.split(':')[1] for point in row['validations'].split()]
+            for figure in figures:
+                assert f'{float(figure):.1f}' in text, row['config']
+
+
 def test_tables_are_those_of_the_metafiles():
     log = execute(TABLES, '--check', cwd=ROOT, check=False)
     assert not log, log
