@@ -1,4 +1,4 @@
-"""What is wrong with an image file or its label file: told from the header, or from all of it."""
+"""What is wrong with an image file or its label file, by its header or by all of it."""
 import io
 import os
 import struct
@@ -34,7 +34,7 @@ class Rules(NamedTuple):
     """What a dataset asks of its files.
 
     ``color_type`` is that of its ``LoadImageFromFile``, None where no image is loaded that way;
-    ``labels`` tells whether its pipeline loads labels; ``index`` is what becomes of the 256
+    ``labels`` says whether its pipeline loads labels; ``index`` is what becomes of the 256
     values of a label file, None where there are no classes.
     """
     color_type: str | None
@@ -160,7 +160,7 @@ def label_fault(header: Header, size: tuple | None) -> str | None:
                 'from 0 to 254 and 255 for ignored pixels')
     if size is not None and header.size != size:
         return ('a label must have the size of its image, got {} x {} and {} x {} (H x W); make '
-                'the label anew from the annotation, or resize it with nearest neighbours'
+                'it again from the annotation, or resize it with nearest neighbours'
                 .format(*header.size, *size))
     return None
 

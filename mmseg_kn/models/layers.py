@@ -140,7 +140,7 @@ class KNConv2d(nn.Conv2d):
             Evaluation is deterministic: it uses the expectation over this dropout.
         eps: Added to the variance.
         impl: Implementation, see :func:`mmseg_kn.ops.kn_conv2d`; what ``'auto'`` runs for an
-            input, :func:`mmseg_kn.ops.chosen_impl` tells.
+            input, :func:`mmseg_kn.ops.chosen_impl` says.
         activation: ``'relu'`` ends the layer with a ReLU: faster than a ReLU after it, and
             backward needs not keep the convolution's output. Not for a ConvModule that has an
             ``act_cfg`` of its own.

@@ -114,7 +114,7 @@ FAULTS = {
     'value': (rewrite(lambda label: np.where(label == 0, 200, label), True),
               r'got 200 in \d+\.\d% of its pixels; renumber them, or name every class'),
     'size': (rewrite(lambda label: label[:, 4:], True),
-             r'the size of its image, got 64 x 124 and 64 x 128 .*make the label anew'),
+             r'the size of its image, got 64 x 124 and 64 x 128 .*make it again'),
     'colours': (rewrite(lambda label: cv2.merge([label] * 3), True),
                 'labels of one channel are needed.*got 3 channels.*convert colours to indices'),
     '16-bit label': (rewrite(lambda label: label.astype(np.uint16), True),
