@@ -1,7 +1,8 @@
 """Means over every window of maps with one channel, and their adjoint.
 
-Windows without gaps are torch's average pooling, one call. Others are summed row by row, then
-column by column: torch has no dilated average pooling.
+Small maps go through torch's average pooling, which is one call. On the CPU that computes every
+window anew, element by element, so larger maps are summed row by row, then column by column, as are
+maps on any device whose windows have gaps: torch has no dilated average pooling.
 """
 import functools
 import operator
@@ -10,14 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu_chunks import is_eager_on_cpu
 from .geometry import Geometry
 
 _aten = torch.ops.aten
+_LARGE = 2**12  # elements above which sums are faster than pooling on the CPU
 
 
-def _pooling(geometry: Geometry) -> tuple | None:
-    """Kernel, stride and padding as torch's pooling takes them; None if it cannot."""
+def _is_identity(geometry: Geometry) -> bool:
+    return (geometry.kernel, geometry.stride, geometry.padding) == ((1, 1), (1, 1), (0, 0, 0, 0))
+
+
+def _pooling(maps: Tensor, geometry: Geometry) -> tuple | None:
+    """Kernel, stride and padding as torch's pooling takes them; None if sums serve better."""
     padding = geometry.symmetric_padding
+    if is_eager_on_cpu(maps) and maps.numel() > _LARGE:
+        return None
     if geometry.dilation != (1, 1) or padding is None or any(
             2 * p > k for p, k in zip(padding, geometry.kernel, strict=True)):
         return None
@@ -26,7 +35,9 @@ def _pooling(geometry: Geometry) -> tuple | None:
 
 def box_mean(maps: Tensor, geometry: Geometry) -> Tensor:
     """Means of (M, N, H, W) over every window, padding included, to (M, N, Ho, Wo)."""
-    if pooling := _pooling(geometry):
+    if _is_identity(geometry):
+        return maps
+    if pooling := _pooling(maps, geometry):
         means = F.avg_pool2d(_one_channel(maps), *pooling)
         return means.view(*maps.shape[:2], *means.shape[2:])
     sizes = geometry.output_size(*maps.shape[-2:])
@@ -41,7 +52,9 @@ def box_mean(maps: Tensor, geometry: Geometry) -> Tensor:
 
 def box_mean_transpose(maps: Tensor, geometry: Geometry, height: int, width: int) -> Tensor:
     """Adjoint of :func:`box_mean`: (M, N, Ho, Wo) to (M, N, ``height``, ``width``)."""
-    if pooling := _pooling(geometry):
+    if _is_identity(geometry):
+        return maps
+    if pooling := _pooling(maps, geometry):
         shape = (*maps.shape[:2], height, width)
         pooled = _one_channel(maps.new_empty(shape))  # only its shape is read
         return _aten.avg_pool2d_backward(_one_channel(maps), pooled, *pooling, False, True,

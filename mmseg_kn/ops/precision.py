@@ -19,7 +19,7 @@ NOISY_FACTOR = 1.01
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Setting:
