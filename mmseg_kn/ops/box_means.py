@@ -1,8 +1,8 @@
 """Means over every window of maps with one channel, and their adjoint.
 
-Small maps go through torch's average pooling, which is one call. On the CPU that computes every
-window anew, element by element, so larger maps are summed row by row, then column by column, as are
-maps on any device whose windows have gaps: torch has no dilated average pooling.
+Small maps go through torch's average pooling, which is one call. On the CPU that adds up every
+window anew, element by element, so larger maps are summed row by row, then column by column. So
+are maps whose windows have gaps, on any device: torch has no dilated average pooling.
 """
 import functools
 import operator

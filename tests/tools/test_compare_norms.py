@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -26,7 +27,8 @@ from mmseg_kn.baselines import NoNorm, NormKNResNet, PlainPoolASPPHead
 # isort: split
 from mmseg.registry import MODELS
 
-TOOL = ROOT / 'tools/benchmarks/compare_norms.py'
+FOLDER = ROOT / 'tools/benchmarks'
+TOOL = FOLDER / 'compare_norms.py'
 SCHEDULE = '1xb2-400_camvid-160x160'
 KN, BN = (f'deeplabv3_{name}-d8_{SCHEDULE}' for name in ('knr18', 'r18'))
 
@@ -34,6 +36,16 @@ KN, BN = (f'deeplabv3_{name}-d8_{SCHEDULE}' for name in ('knr18', 'r18'))
 @pytest.fixture(scope='module')
 def tool():
     return load_tool(TOOL)
+
+
+@pytest.fixture(scope='module')
+def cells():
+    return load_tool(FOLDER / 'norm_cells.py')
+
+
+@pytest.fixture(scope='module')
+def report():
+    return load_tool(FOLDER / 'norm_report.py')
 
 
 @pytest.fixture(scope='module')
@@ -48,8 +60,8 @@ def command(tmp_path_factory):
                     f'{split}_dataloader.num_workers=0',
                     f'{split}_dataloader.persistent_workers=False']
     return [sys.executable, TOOL, *(ROOT / f'configs/deeplabv3/{name}.py' for name in (KN, BN)),
-            '--batch-sizes', '1', '--seeds', '3', '--data-root', folder / 'scenes', '--work-dir',
-            folder / 'work', '--cfg-options', *options]
+            '--batch-sizes', '1', '--seeds', '3', '--jobs', '2', '--data-root', folder / 'scenes',
+            '--work-dir', folder / 'work', '--cfg-options', *options]
 
 
 def start(command):
@@ -95,11 +107,12 @@ def test_a_grid_killed_and_run_again(command):
     kn, bn = (next(row for row in table.splitlines() if name in row) for name in (KN, BN))
     assert f'| {result["miou"][-1][1]:.1f} |' in kn
     assert '| ValueError: Expected more than 1 value per channel' in bn
-    assert table in log and 'batch 1, seed 3: failed' in log
+    assert table in log and 'batch 1, lr 0.015, seed 3: failed' in log
     assert cv2.imread(str(work / 'figures.png')).shape[1] > 1000
     with open(work / 'results.csv', newline='') as file:
         good, bad = csv.DictReader(file)
     assert (good['iterations'], good['torch'], bad['iterations']) == ('4', torch.__version__, '')
+    assert good['validations'].split()[-1] == f'4:{result["miou"][-1][1]:.2f}'
     assert float(good['mIoU']) == result['miou'][-1][1]
     with open(work / 'table.csv', newline='') as file:
         assert [row['config'] for row in csv.DictReader(file)] == [KN, BN]
@@ -120,38 +133,61 @@ def test_a_grid_killed_and_run_again(command):
     assert (again['miou'], again['loss']) == (result['miou'], result['loss']), log[-4000:]
 
 
-def test_progress_within_a_cell(tool, tmp_path):
-    assert tool.progress(tmp_path, 400) == '    iteration 0 of 400'
+def test_progress_within_a_cell(cells, tmp_path):
+    assert cells.progress(tmp_path, 400) == 'iteration 0 of 400'
     log = tmp_path / '1/vis_data/scalars.json'
     log.parent.mkdir(parents=True)
     entries = [dict(loss=2., time=.5, step=20), dict(loss=1.25, time=.5, step=40)]
     log.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
-    text = '    iteration 40 of 400, loss 1.25, 0:03:00 of training left'
-    assert tool.progress(tmp_path, 400) == text
+    text = 'iteration 40 of 400, loss 1.25, 0:03:00 of training left'
+    assert cells.progress(tmp_path, 400) == text
     log.write_text(log.read_text() + json.dumps(dict(mIoU=12.5, step=40)))
-    assert tool.progress(tmp_path, 400) == text + ', mIoU 12.50 at 40'
+    assert cells.progress(tmp_path, 400) == text + ', mIoU 12.50 at 40'
 
 
-def test_a_running_cell_tells_how_far_it_is(tool, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool, 'TELL_SECONDS', .3)
+def test_a_running_cell_tells_how_far_it_is(cells, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cells, 'TELL_SECONDS', .3)
     script = tmp_path / 'train.py'
     script.write_text('import time; time.sleep(1); raise SystemExit("no data")')
-    monkeypatch.setattr(tool, 'TRAIN', script)
+    monkeypatch.setattr(cells, 'TRAIN', script)
     cfg = Config(dict(train_cfg=dict(max_iters=7)))
-    assert tool.run(tmp_path / 'cell', cfg)['error'] == 'no data'
-    assert '    iteration 0 of 7' in capsys.readouterr().out
+    assert cells.run(tmp_path / 'cell', cfg, '[1/1] a')['error'] == 'no data'
+    assert '    [1/1] a: iteration 0 of 7' in capsys.readouterr().out
 
 
-def test_other_settings_are_another_cell(tool):
+def test_an_interrupt_leaves_no_training_behind(cells, tmp_path, monkeypatch):
+    script = tmp_path / 'train.py'
+    script.write_text('import time; time.sleep(600)')
+    monkeypatch.setattr(cells, 'TRAIN', script)
+    cfg = Config(dict(train_cfg=dict(max_iters=7)))
+    grid = [cells.Cell('a', 1, .1, seed, tmp_path / str(seed), cfg) for seed in range(3)]
+    started = set()
+
+    def interrupt():
+        while len(started) < 2:
+            started.update(cells._running)
+            time.sleep(.05)
+        os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(cells.run_all(grid, 2, False))
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not cells._running and not (tmp_path / '2').exists()
+
+
+def test_other_settings_are_another_cell(cells):
     cfg = Config.fromfile(ROOT / f'configs/deeplabv3/{KN}.py')
     cfg.randomness = dict(seed=0)
-    folder = tool.folder_of(cfg)
-    assert folder.startswith('b2_s0-') and folder == tool.folder_of(cfg.copy())
+    folder = cells.folder_of(cfg)
+    assert folder.startswith('b2_s0-') and folder == cells.folder_of(cfg.copy())
     cfg.optim_wrapper.optimizer.lr = 7
-    assert tool.folder_of(cfg) != folder
+    assert cells.folder_of(cfg) != folder
 
 
-def test_rescaling_follows_the_shipped_schedules(tool):
+def test_rescaling_follows_the_shipped_schedules(cells):
     folder = ROOT / 'configs/deeplabv3'
     for batch, length in ((1, '320k'), (2, '160k')):
         cfg = Config.fromfile(folder / 'deeplabv3_knr18-d8_4xb2-80k_cityscapes-512x1024.py')
@@ -160,7 +196,7 @@ def test_rescaling_follows_the_shipped_schedules(tool):
         cfg.merge_from_dict({
             'train_cfg.max_iters': 40000, 'train_cfg.val_interval': 4000,
             'param_scheduler.0.end': 40000, 'default_hooks.checkpoint.interval': 4000})
-        tool.rescale(cfg, batch)
+        cells.rescale(cfg, batch)
         shipped = Config.fromfile(
             folder / f'deeplabv3_knr18-d8_1xb{batch}-{length}_cityscapes-512x1024.py')
         assert cfg.optim_wrapper == shipped.optim_wrapper
@@ -169,20 +205,69 @@ def test_rescaling_follows_the_shipped_schedules(tool):
         assert cfg.default_hooks.checkpoint == shipped.default_hooks.checkpoint
 
 
-def test_each_cell_has_settings_of_its_own(tool):
+def test_each_cell_has_settings_of_its_own(cells):
     configs = {KN: Config.fromfile(ROOT / f'configs/deeplabv3/{KN}.py')}
-    cells = tool.grid(configs, [1, 2, 8], [0, 1], Path('work'))
-    assert [(batch, seed) for _, batch, seed, _, _ in cells] == [
+    got = cells.grid(configs, [1, 2, 8], [0, 1], Path('work'))
+    assert [(cell.batch, cell.seed) for cell in got] == [
         (1, 0), (2, 0), (8, 0), (1, 1), (2, 1), (8, 1)]
-    for _, batch, seed, folder, cfg in cells:
-        assert cfg.train_dataloader.batch_size == batch and cfg.randomness == dict(seed=seed)
-        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(.03 * batch / 2)
+    for cell in got:
+        cfg, batch = cell.cfg, cell.batch
+        assert cfg.train_dataloader.batch_size == batch
+        assert cfg.randomness == dict(seed=cell.seed)
+        assert cell.lr == cfg.optim_wrapper.optimizer.lr == pytest.approx(.03 * batch / 2)
         assert cfg.train_cfg.max_iters == cfg.param_scheduler[0].end == 800 // batch
-        assert folder.name.startswith(f'b{batch}_s{seed}-')
-    assert len({folder for *_, folder, _ in cells}) == 6
+        assert cell.folder.name.startswith(f'b{batch}_s{cell.seed}-')
+    assert len({cell.folder for cell in got}) == 6
 
 
-def test_the_table_pairs_seeds(tool):
+def test_the_best_rate_of_a_scan_goes_into_the_table(tool, cells, monkeypatch, capsys, tmp_path):
+    """One for each config and batch size, found on a seed that the table does not show."""
+    miou = {(KN, 1, .015): 30, (KN, 1, .05): 20, (KN, 4, .06): 28, (KN, 4, .2): None,
+            (BN, 1, .015): None, (BN, 1, .05): None, (BN, 4, .06): 10, (BN, 4, .2): 12}
+    trained = []
+
+    def run_all(given, jobs, retry_failed):
+        for cell in given:
+            trained.append((cell.name, cell.batch, cell.lr, cell.seed))
+            value = miou[cell.name, cell.batch, round(cell.lr, 9)]
+            fate = dict(error='lost') if value is None else dict(
+                miou=[(1, value + cell.seed)], loss=[(1, 1.)], iteration_seconds=1., gpu_mib=0)
+            yield cell, dict(fate, seconds=1, resident_mib=7)
+
+    monkeypatch.setattr(tool, 'run_all', run_all)
+    monkeypatch.setattr(tool, 'complexity', lambda cfg: (1., 2.))
+    monkeypatch.setattr(sys, 'argv', list(map(str, [
+        'compare_norms.py', *(ROOT / f'configs/deeplabv3/{name}.py' for name in (KN, BN)),
+        '--batch-sizes', 1, 4, '--scan-lrs', .03, .1, '--scan-seed', 9, '--seeds', 0, 1,
+        '--work-dir', tmp_path])))
+    tool.main()
+    assert len(trained) == 8 + 6 and {cell[3] for cell in trained[:8]} == {9}
+    best = {(KN, 1): .015, (KN, 4): .06, (BN, 4): .2}
+    assert {cell[:2]: pytest.approx(cell[2]) for cell in trained[8:]} == best
+    out = capsys.readouterr().out
+    assert f'best of --scan-lrs: {KN}, batch 1: lr 0.015' in out and '3 of 14 cells failed' in out
+    with open(tmp_path / 'results.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['part'] for row in rows] == ['scan'] * 8 + ['table'] * 6
+    assert rows[8]['validations'] == '1:30.00' and rows[8]['mIoU'] == '30'
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--scan-lrs', '.1'], 'needs a --scan-seed'),
+    (['--scan-lrs', '.1', '--scan-seed', '0'], 'which is none of the --seeds'),
+    (['--scan-seed', '5'], 'needs a --scan-seed'),
+    (['--scan-lrs', '.1', '--scan-seed', '5', '--lrs', '.1'], 'give one'),
+    (['--jobs', '0'], 'at least 1')])
+def test_a_scan_that_would_choose_on_the_table_is_refused(tool, monkeypatch, capsys, options,
+                                                         message):
+    config = str(ROOT / f'configs/deeplabv3/{KN}.py')
+    monkeypatch.setattr(sys, 'argv', ['compare_norms.py', config, *options])
+    with pytest.raises(SystemExit):
+        tool.parse_args()
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_pairs_seeds(tool, report):
     def cell(miou):
         return dict(miou=[(1, miou)], loss=[(1, 1.)], iteration_seconds=.5, gpu_mib=0,
                     resident_mib=7)
@@ -190,7 +275,7 @@ def test_the_table_pairs_seeds(tool):
     groups = {('a', 2): {0: cell(30.), 1: cell(31.), 2: cell(33.)},
               ('b', 2): {0: cell(20.), 1: cell(22.), 2: cell(26.)},
               ('c', 2): {0: dict(error='no | room'), 1: cell(29.)}}
-    rows = tool.summary(groups, dict.fromkeys(groups, .01), dict.fromkeys('abc', (12., 3.)), 'a')
+    rows = report.summary(groups, dict.fromkeys(groups, .01), dict.fromkeys('abc', (12., 3.)), 'a')
     assert [(r['mIoU'], r['std'], r['of each seed']) for r in rows] == [
         ('31.3', '1.5', '30.0, 31.0, 33.0'), ('22.7', '3.1', '20.0, 22.0, 26.0'),
         ('29.0', '', '29.0')]
@@ -204,14 +289,14 @@ def test_the_table_pairs_seeds(tool):
     assert lines[4].endswith(' | no / room |') and 'failed' not in tool.markdown(rows[:2])
 
 
-def test_curves_that_lack_a_validation_are_drawn(tool):
+def test_curves_that_lack_a_validation_are_drawn(report):
     import matplotlib.pyplot as plt
     _, ax = plt.subplots()
-    tool.draw_curves(ax, [[(1, 5.), (2, 6.), (3, 7.)], [(1, 7.), (3, 9.)]], 1, color='C0')
+    report.draw_curves(ax, [[(1, 5.), (2, 6.), (3, 7.)], [(1, 7.), (3, 9.)]], 1, color='C0')
     assert ax.lines[0].get_xydata().tolist() == [[1, 6], [3, 8]]
 
 
-def test_other_schedules_and_datasets(tool, tmp_path):
+def test_other_schedules_and_datasets(tool, cells, tmp_path):
     """What mmseg's configs may have and ours do not."""
     cfg = Config(dict(
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=80, val_interval=40),
@@ -225,26 +310,26 @@ def test_other_schedules_and_datasets(tool, tmp_path):
     args = SimpleNamespace(data_root='c', cfg_options=None)
     cfg = tool.load(str(tmp_path / 'config.py'), args)
     assert [d.data_root for d in cfg.train_dataloader.dataset.dataset.datasets] == ['c', 'c']
-    (_, _, _, _, cell), = tool.grid(dict(x=cfg), [2], [0], tmp_path)
+    cell, = (c.cfg for c in cells.grid(dict(x=cfg), [2], [0], tmp_path))
     assert cell.param_scheduler == dict(
         type='MultiStepLR', milestones=[80, 120], end=160, eta_min=.05)
     assert cell.default_hooks.checkpoint == dict(
         type='SafeCheckpointHook', by_epoch=False, interval=160)
 
 
-def test_complexity_of_a_plain_config(tool):
+def test_complexity_of_a_plain_config(report):
     """Neither custom_imports nor a crop size in the data preprocessor."""
     cfg = Config.fromfile(ROOT / f'configs/deeplabv3/{BN}.py')
-    expected = tool.complexity(cfg)
+    expected = report.complexity(cfg)
     cfg.crop_size = cfg.model.data_preprocessor.pop('size')
     cfg.pop('custom_imports')
-    assert tool.complexity(cfg) == expected
+    assert report.complexity(cfg) == expected
 
 
-def test_labels_are_what_names_do_not_share(tool):
-    assert tool.short(['fcn_r18-d8_camvid', 'fcn_r18-gn-d8_camvid']) == {
+def test_labels_are_what_names_do_not_share(report):
+    assert report.short(['fcn_r18-d8_camvid', 'fcn_r18-gn-d8_camvid']) == {
         'fcn_r18-d8_camvid': 'r18-d8', 'fcn_r18-gn-d8_camvid': 'r18-gn-d8'}
-    assert tool.short(['fcn_r18']) == {'fcn_r18': 'fcn_r18'}
+    assert report.short(['fcn_r18']) == {'fcn_r18': 'fcn_r18'}
 
 
 def test_an_epoch_schedule_is_refused(tool, tmp_path):
