@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Subset
 
 from ..datasets.walk import walk
+from ..engine.cuda_graph_hook import CudaGraphHook
 from ..engine.iteration_seed_hook import IterationSeedHook
 from ..engine.wrappers import unwrap
 from .distributed import MMDPDistributedDataParallel
@@ -37,6 +38,9 @@ def check_training(runner) -> None:
                 'that checkpoints hold', 'custom_hooks without it')
     if runner.cfg.get('compile'):
         _refuse('a compiled model calls no hooks, which clipping needs', 'compile=False')
+    if any(isinstance(hook, CudaGraphHook) for hook in runner.hooks):
+        _refuse('CudaGraphHook compiles the networks, and compiled networks call no hooks, which '
+                'clipping needs', 'custom_hooks without it')
     if runner.cfg.get('activation_checkpointing'):
         _refuse('activation checkpointing runs forward twice', 'activation_checkpointing=None')
     model = unwrap(runner.model)

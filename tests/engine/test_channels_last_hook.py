@@ -5,51 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
-from mmengine.structures import PixelData
-from mmseg.models import EncoderDecoder, SegTTAModel
-from mmseg.structures import SegDataSample
+from mmseg.models import SegTTAModel
+from tiny_training import SIZE, build, samples, train
 from torch import distributed
 
 from mmseg_kn.engine.channels_last_hook import ChannelsLastHook, use_channels_last
 
-SIZE = (32, 64)
-HEAD = dict(type='FCNHead', in_channels=724, in_index=3, channels=8, num_convs=1, num_classes=3,
-            norm_cfg=None, conv_cfg=dict(type='KNConv', activation='relu', dropout_p=0.0),
-            act_cfg=None, dropout_ratio=0)
 
-
-def samples():
-    generator = torch.Generator().manual_seed(0)
-    return [dict(inputs=torch.randint(0, 256, (3, *SIZE), generator=generator, dtype=torch.uint8),
-                 data_samples=SegDataSample(
-                     metainfo=dict(img_shape=SIZE),
-                     gt_sem_seg=PixelData(
-                         data=torch.randint(0, 3, (1, *SIZE), generator=generator))))
-            for _ in range(4)]
-
-
-def build():
-    init_default_scope('mmseg')
-    torch.manual_seed(0)
-    return EncoderDecoder(
-        data_preprocessor=dict(type='SegDataPreProcessor', mean=[127.5] * 3, std=[50.] * 3,
-                               size=SIZE),
-        backbone=dict(type='KNResNet', depth=18, dropout_p=0.0), decode_head=HEAD)
-
-
-def train(model, work_dir, **hooks):
+def formats_of(model, work_dir, **hooks):
     """Trains ``model`` for two iterations; whether each feature map was channels_last."""
     formats = []
     handle = model.backbone.register_forward_hook(lambda module, args, outputs: formats.extend(
         y.is_contiguous(memory_format=torch.channels_last) for y in outputs))
-    Runner(model, str(work_dir), experiment_name=work_dir.name, default_scope='mmseg',
-           train_dataloader=dict(batch_size=2, dataset=samples(), collate_fn=dict(
-               type='pseudo_collate'), sampler=dict(type='DefaultSampler', shuffle=False)),
-           train_cfg=dict(by_epoch=False, max_iters=2),
-           optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
-           default_hooks=dict(checkpoint=None, **hooks), randomness=dict(seed=0)).train()
+    train(model, work_dir, **hooks)
     handle.remove()
     return formats
 
@@ -57,8 +25,8 @@ def train(model, work_dir, **hooks):
 def test_the_maps_follow_and_the_training_is_the_same(tmp_path):
     usual = build()
     other = copy.deepcopy(usual)
-    assert not any(train(usual, tmp_path / 'usual'))
-    formats = train(other, tmp_path / 'other', channels_last=dict(type='ChannelsLastHook'))
+    assert not any(formats_of(usual, tmp_path / 'usual'))
+    formats = formats_of(other, tmp_path / 'other', channels_last=dict(type='ChannelsLastHook'))
     assert len(formats) == 8 and all(formats)
     for (name, one), two in zip(usual.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6,

@@ -16,9 +16,9 @@ REGISTERED = {
                                 'PlainPoolASPPHead')},
     'mmseg.registry.DATASETS': {'KNCityscapesDataset': 'KNCityscapesDataset'},
     'mmengine.registry.HOOKS': {
-        name: name for name in ('ChannelsLastHook', 'ClassCheckHook', 'DPHook',
-                                'IterationSeedHook', 'PartialNormHook', 'SafeCheckpointHook',
-                                'StemSignalHook')},
+        name: name for name in ('ChannelsLastHook', 'ClassCheckHook', 'CudaGraphHook',
+                                'DPHook', 'IterationSeedHook', 'PartialNormHook',
+                                'SafeCheckpointHook', 'StemSignalHook')},
     'mmengine.registry.OPTIM_WRAPPERS': {'DPOptimWrapper': 'DPOptimWrapper'},
     'mmengine.registry.LOOPS': {'DPIterBasedTrainLoop': 'DPIterBasedTrainLoop'},
     'mmengine.registry.DATA_SAMPLERS': {'PoissonBatchSampler': 'PoissonBatchSampler'},

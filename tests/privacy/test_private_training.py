@@ -105,6 +105,10 @@ def seeded_iterations(cfg):
     cfg.custom_hooks.append(dict(type='IterationSeedHook'))
 
 
+def graphs(cfg):
+    cfg.custom_hooks.append(dict(type='CudaGraphHook'))
+
+
 def no_hook(cfg):
     cfg.custom_hooks = []
 
@@ -148,6 +152,7 @@ REFUSED = {
     'slice': (in_a_slice, 'RepeatDataset.*several chances'),
     'paths': (by_other_paths, '8 of 16 items.*list every image once'),
     'IterationSeedHook': (seeded_iterations, 'repeat the dropout.*custom_hooks without it'),
+    'CudaGraphHook': (graphs, 'call no hooks.*custom_hooks without it'),
     'twice': (twice, '8 of 16 items.*list every image once'),
     'with_cp': (setting(model__backbone__with_cp=True), 'with_cp=True.*max_physical_batch_size'),
     'activation_checkpointing': (setting(activation_checkpointing=['backbone']),

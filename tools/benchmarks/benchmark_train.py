@@ -30,6 +30,7 @@ from mmseg.structures import SegDataSample
 from torch.profiler import ProfilerActivity, profile
 
 from mmseg_kn.engine.channels_last_hook import use_channels_last
+from mmseg_kn.engine.cuda_graph_hook import use_cuda_graphs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
 
@@ -49,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='train under AmpOptimWrapper, bfloat16')
     parser.add_argument('--channels-last', action='store_true', help='as ChannelsLastHook has it')
+    parser.add_argument('--graphs', action='store_true', help='as CudaGraphHook has it')
     parser.add_argument('--profile', type=int, default=0, metavar='OPS',
                         help='print how a training step divides among so many operators')
     parser.add_argument('--memory', type=int, default=0, metavar='LAYERS',
@@ -73,6 +75,7 @@ class Contender:
         self.model = init_model(cfg, device=args.device)
         if args.channels_last:
             use_channels_last(self.model)
+        self.graphs = use_cuda_graphs(self.model, training=None) if args.graphs else None
         wrapper = dict(cfg.optim_wrapper)
         if args.amp:
             wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
@@ -99,11 +102,13 @@ class Contender:
         self.batch = dict(inputs=images, data_samples=samples)
 
     def train(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         self.model.train()
         self.model.train_step(self.batch, self.wrapper)
 
     @torch.no_grad()
     def infer(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         self.model.eval()
         data = self.model.data_preprocessor(self.batch, training=True)
         with self.autocast():
@@ -123,6 +128,9 @@ class Contender:
 
     def multiply_adds(self) -> float:
         """Of the backbone's convolutions for one image, in 10 ** 9."""
+        if self.graphs:
+            self.graphs.remove()  # compiled code says nothing of its operations
+            self.graphs = None
         self.model.eval()
         image = self.model.data_preprocessor(self.batch, training=True)['inputs'][:1]
         return giga_multiply_adds(lambda: self.model.backbone(image))
@@ -184,7 +192,8 @@ def main() -> None:
     print(', '.join(f'{name} {value}' for name, value in setting.items())
           + f', batch {args.batch_size}, {args.shape[0]} x {args.shape[1]}'
           + (', bfloat16 AMP' if args.amp else '')
-          + (', channels_last' if args.channels_last else ''))
+          + (', channels_last' if args.channels_last else '')
+          + (', graphs' if args.graphs else ''))
     samples = {}
     for i in range(args.rounds + 2):
         for mode in ('train', 'infer'):
