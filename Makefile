@@ -1,4 +1,5 @@
 # make demo: street scenes, training, mIoU and a picture. make test: the tests. make lint: ruff.
+# make gpu: what only a GPU can show, in pieces of 8 minutes. make gpu PART=layers: one part.
 # make check: sizes of files, imports, public names, the README's length, the wheel.
 # Each installs what it needs into .venv first. Another torch: make TORCH='torch>=2.6' ...
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DEMO_CONFIG := configs/deeplabv3/deeplabv3_knr18-d8_1xb4-600_toy-cityscapes-128x
 DEMO_DATA := data/toy_cityscapes
 DEMO_WORK := work_dirs/demo
 
-.PHONY: demo test test-onedl lint check clean
+.PHONY: demo test test-onedl lint check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/toy_cityscapes $(DEMO_DATA) --workers 2 --force
@@ -37,6 +38,10 @@ lint: $(VENV)/.installed
 
 check: $(VENV)/.installed
 	$(BIN)/python tools/dev/check_house.py
+
+# GPU_PYTHON: a Python that has torch and the rest already, on a machine without a network.
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed)
+	$(or $(GPU_PYTHON),$(BIN)/python) tools/benchmarks/check_gpu.py $(PART)
 
 clean:
 	rm -rf $(VENV) $(VENV)-onedl $(DEMO_DATA) $(DEMO_WORK)

@@ -146,7 +146,8 @@ def settings():
     found |= {f'{setting}.{name}' for setting, kind in arguments
               for name in inspect.signature(kind).parameters}
     found |= {f'model.backbone.init_cfg.{name}' for name in ('type', 'checkpoint', 'prefix')}
-    return found | {'default_hooks.channels_last.type', 'env_cfg.dist_cfg.timeout'}
+    return found | {'default_hooks.channels_last.type', 'default_hooks.graphs.type',
+                    'env_cfg.dist_cfg.timeout'}
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -812,7 +812,9 @@ def test_bad_input(call, message):
 
 # What only a GPU can show
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(
+        not torch.cuda.is_available(), reason='needs a GPU')(test))
 
 
 def gpu_case(device='cuda', dtype=torch.float32, size=(11, 9)):
@@ -835,6 +837,7 @@ def test_another_stream():
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_a_device_that_is_not_the_current_one():
     expected = run(gpu_case(), 'triton', padding=1)
