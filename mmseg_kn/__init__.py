@@ -11,7 +11,7 @@ stack.setup()  # before anything below imports mmseg
 from . import datasets, engine, ops  # noqa: E402, F401
 from ._version import __version__  # noqa: E402, F401
 from .checkpoints import safe_load  # noqa: E402
-from .engine import cpu_launch  # noqa: E402
+from .engine import launch  # noqa: E402
 from .models import (  # noqa: E402
     KernelNorm2d,
     KNConv2d,
@@ -23,7 +23,7 @@ from .models import (  # noqa: E402
 )
 
 safe_load.setup()
-cpu_launch.setup()
+launch.setup()
 
 __all__ = [
     'KNConv2d', 'KNResNet', 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d',

@@ -4,6 +4,7 @@ Two stacks are supported: the official one (mmsegmentation 1.2.2, mmengine 0.10.
 mmcv-lite 2.1.0) and the maintained fork (onedl-mmsegmentation 1.4, the same import names).
 """
 import importlib
+import multiprocessing
 import sys
 import types
 from importlib.util import find_spec
@@ -14,7 +15,8 @@ _INSTALL = 'pip install "mmseg_kn[lite]" (no compiled ops), "mmseg_kn[mmcv]" or 
 def setup() -> None:
     """Checks the stack, and lets mmseg import beside mmcv-lite, which has no compiled ops.
 
-    Called when mmseg_kn is imported; calling it again changes nothing.
+    Called when mmseg_kn is imported, and so in every process that is spawned afterwards; calling
+    it again changes nothing.
 
     Raises:
         ImportError: A package is missing, or is of a version that does not fit.
@@ -23,6 +25,10 @@ def setup() -> None:
     if version < (1, 3):  # the official mmsegmentation ended at 1.2.2
         _check_undeclared()
         _import_ops()
+    # A spawned process, such as a loader's worker on Windows, imports the program's main script
+    # and then what its arguments are made of. This mark, which Python hands down before the
+    # arguments, lets it import mmseg_kn first, whoever's the script and the data set are.
+    multiprocessing.current_process()._config['mmseg_kn'] = setup
 
 
 def _import_stack():

@@ -18,7 +18,7 @@ from program import ROOT
 from short_training import CONFIG, SHORT
 from toy_cityscapes import generate
 
-from mmseg_kn.engine import cpu_launch
+from mmseg_kn.engine import launch
 from mmseg_kn.fsdp import FSDPOptimWrapper
 
 RIG = '''
@@ -226,7 +226,7 @@ def test_nccl_without_gpus_is_refused(monkeypatch):
 def test_an_accelerator_is_left_to_mmengine(monkeypatch):
     monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')
     called = []
-    init = cpu_launch._init_dist_pytorch(lambda *args, **kwargs: called.append((args, kwargs)))
+    init = launch._init_dist_pytorch(lambda *args, **kwargs: called.append((args, kwargs)))
     init('nccl', timeout=1)
     assert called == [(('nccl', ), dict(timeout=1))]
 

@@ -1,14 +1,20 @@
-"""Lets torchrun's processes train on CPUs, which mmengine does not by itself."""
+"""Starts several processes on CPUs too, and ends them in order; mmengine does neither."""
+import atexit
 import functools
+import sys
 
 import torch
 
 
 def setup() -> None:
-    """Makes `--launcher pytorch` work where mmengine finds no accelerator, and only there.
+    """Makes `--launcher pytorch` work where mmengine finds no accelerator, and processes end.
 
     mmengine calls torch.cuda.set_device whatever there is, and names a device to
     DistributedDataParallel, which takes none for a model on the CPU.
+
+    It never destroys the process group either. A thread of gloo that still holds a tensor when
+    Python ends then aborts the process: `terminate called without an active exception`, after
+    the results were printed (https://github.com/pytorch/pytorch/pull/179291).
     Called when mmseg_kn is imported; calling it again changes nothing.
     """
     from mmengine.dist import utils
@@ -18,6 +24,17 @@ def setup() -> None:
         return  # done already
     utils._init_dist_pytorch = _init_dist_pytorch(utils._init_dist_pytorch)
     MMDistributedDataParallel.__init__ = _wrap_on_cpu(MMDistributedDataParallel.__init__)
+    atexit.register(_leave_group)
+
+
+def _leave_group():
+    """Destroys the process group of a program that ends well.
+
+    After an exception, which Python keeps in sys, the others may never come to the same point.
+    """
+    ended_well = getattr(sys, 'last_value', None) is None
+    if ended_well and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _init_dist_pytorch(original):
