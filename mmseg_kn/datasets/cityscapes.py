@@ -3,13 +3,13 @@ import os.path as osp
 import random
 import time
 
-import numpy as np
 from mmengine import fileio
 from mmengine.logging import print_log
 from mmseg.datasets import CityscapesDataset
 from mmseg.registry import DATASETS
 
-from .file_checks import decode, header_faults, rules_of, value_fault
+from .file_checks import faults_of, label_pixels, rules_of, summary
+from .label_values import value_fault
 
 _REMEDY = ('set data_root, e.g. --cfg-options train_dataloader.dataset.data_root=... '
            'val_dataloader.dataset.data_root=... test_dataloader.dataset.data_root=...')
@@ -23,12 +23,15 @@ class KNCityscapesDataset(CityscapesDataset):
 
     mmseg finds a missing or wrong label when a worker loads it, an empty folder not at all, and
     takes 16-bit, grey and 4-channel images as they come. Here all headers of local files are
-    read, in random order for at most a second, and the values of five labels.
+    read, in random order for at most a second. Where a transform of another kind than mmcv's
+    ``LoadImageFromFile`` and mmseg's ``LoadAnnotations`` loads them, that is run instead, and
+    what it can read is taken. The values of five labels are looked at, too; a single one that is
+    no class may be what the heads ignore, as ``ClassCheckHook`` knows.
     ``tools/misc/check_dataset.py`` reads everything.
 
     Args:
-        check_files: Look at labels and headers; a missing or empty image folder is refused
-            anyway.
+        check_files: Look at labels and headers, here and in ``ClassCheckHook``; a missing or
+            empty image folder is refused anyway.
 
     Raises:
         ValueError: The image folder is missing or empty, a label file that the pipeline loads is
@@ -52,7 +55,7 @@ class KNCityscapesDataset(CityscapesDataset):
         if self.check_files:
             rules = rules_of(self)
             ann_dir = self.data_prefix.get('seg_map_path')
-            if ann_dir and rules.labels:
+            if ann_dir and rules.loaders.label:
                 self._check_labels(data_list, ann_dir)
             backend = fileio.get_file_backend(img_dir, backend_args=self.backend_args)
             if isinstance(backend, fileio.LocalBackend):
@@ -79,23 +82,23 @@ class KNCityscapesDataset(CityscapesDataset):
         faults, stop = [], time.monotonic() + _SECONDS
         # a generator of its own: the training's draws stay as they are
         order = random.Random(0).sample(data_list, len(data_list))
+        headers = rules._replace(classes=None)
         for seen, sample in enumerate(order, 1):
-            faults += header_faults(sample['img_path'], sample.get('seg_map_path'), rules)
+            faults += faults_of(sample, headers)
             if time.monotonic() > stop and seen < len(order):
                 print_log(f'looked at {seen} of {len(order)} images in {_SECONDS:.0f} s; '
                           'tools/misc/check_dataset.py looks at all', 'current')
                 break
-        labels = [d['seg_map_path'] for d in order if rules.labels and d.get('seg_map_path')]
-        for path in labels[:_DECODED] if not faults else ():
-            with open(path, 'rb') as file:
-                try:
-                    pixels = np.bincount(decode(file).ravel(), minlength=256)
-                    fault = value_fault(pixels, rules)
-                except ValueError as error:
-                    faults.append(f'{path} {error}')
-                else:
-                    faults += [f'{path}: {fault}'] if fault else []
+        faults = faults or self._value_faults(order[:_DECODED], rules)
         if faults:
-            files = 'a bad file' if len(faults) == 1 else f'{len(faults)} bad files'
-            raise ValueError(f'{files} among those looked at (tools/misc/check_dataset.py looks '
-                             f'at all), e.g. {min(faults)}')
+            raise ValueError(summary(faults))
+
+    def _value_faults(self, data_list: list[dict], rules) -> list[str]:
+        """Labels with values that are no class, of which heads could ignore but one."""
+        faults, wrong = [], set()
+        for sample in data_list:
+            pixels = label_pixels(sample, rules)
+            if pixels is not None and (fault := value_fault(pixels, rules.classes)):
+                faults.append(f'{sample["seg_map_path"]}: {fault}')
+                wrong.update(rules.classes.index[rules.classes.wrong(pixels)].tolist())
+        return faults if len(wrong) > 1 else []

@@ -1,55 +1,42 @@
 """Stops a run whose heads, data set, labels or checkpoint disagree about the classes."""
 import re
 
-import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ..datasets.file_checks import summary
+from ..datasets.first_look import look
+from .class_checks import heads_of, limits_of, setting_faults
 from .wrappers import unwrap
-
-
-def heads_of(model) -> dict:
-    """The segmentation heads of a model by name, one per stage of a cascade; {} without any."""
-    heads = {}
-    for name in ('decode_head', 'auxiliary_head'):
-        head = getattr(model, name, None)
-        parts = {f'{name}[{i}]': h for i, h in enumerate(head)} if isinstance(
-            head, torch.nn.ModuleList) else {name: head}
-        heads.update({n: h for n, h in parts.items() if hasattr(h, 'num_classes')})
-    return heads
-
-
-def class_fault(name: str, number: int, split: str, classes, filename: str) -> str | None:
-    """What is wrong with ``num_classes=number`` of a head for a data set of these classes."""
-    if number == len(classes):
-        return None
-    shown = ', '.join(classes[:3]) + ', ...' * (len(classes) > 3)
-    return (f'num_classes of a head must be the number of classes of the data set, got {number} '
-            f'in model.{name} and {len(classes)} in {split}_dataloader ({shown}), config '
-            f'{filename}; set model.{name}.num_classes={len(classes)}, or choose classes in the '
-            'dataset by metainfo=dict(classes=...)')
 
 
 @HOOKS.register_module()
 class ClassCheckHook(Hook):
-    """Compares the number of classes of heads, data sets, labels and checkpoint.
+    """Compares the classes of heads, data sets, labels and checkpoint, and what is ignored.
 
     mmseg trains with more classes in the heads than in the data set, fails in the loss with
     fewer (on a GPU without naming a file), and tests a checkpoint of other classes with a random
     last layer, at a line in the log; wrong labels in validation and test lower the IoU without a
-    word. Models without a ``decode_head`` are left alone, and so are checkpoints of models that
-    FSDP shards, where torch itself refuses weights of another shape.
+    word, and masks of 0 and 255 train to an mIoU of 100. All heads are looked at. Models without
+    a head of mmseg are left alone, and so are checkpoints of models that FSDP shards, where torch
+    itself refuses weights of another shape.
+
+    Before training, validation and testing, the values of labels are looked at, in random order
+    for at most a second of each data set; ``check_files=False`` in a data set leaves that out.
 
     Raises:
         ValueError: Before training and testing: a head's ``num_classes`` is not the data set's
-            number of classes, or the checkpoint that is tested or resumed has another decode
+            number of classes, or that is 1; classes are a string; a loss cannot train a head of
+            one output channel; labels are padded, or evaluated, with another ignored index than
+            the heads'; a label has values that are no class; all labels hold one class alone
+            and ignored pixels; or the checkpoint that is tested or resumed has another decode
             head. At each batch: a label is neither a class nor ignored; names the file.
     """
 
     def __init__(self) -> None:
         self.unlike = None  # what to say of a loaded checkpoint of other classes
-        self.limit = None  # number of classes, and the value that is ignored
+        self.limits = []  # of each head: number of classes, and the value that is ignored
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         if isinstance(runner.model, FullyShardedDataParallel):
@@ -77,10 +64,11 @@ class ClassCheckHook(Hook):
         if self.unlike and runner.iter:  # resumed, not only started from it
             raise ValueError(self.unlike)
         self.unlike = None
-        self._compare(runner, 'train', runner.train_dataloader)
+        splits = [('train', runner.train_dataloader, ())]
         if runner.val_loop is not None:
-            self._compare(runner, 'val', runner.val_dataloader)
-        self._set_limit(runner)
+            splits.append(('val', runner.val_dataloader, runner.val_evaluator.metrics))
+        self._compare(runner, splits)
+        self._look(runner, splits)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         self._check_labels(data_batch)
@@ -88,47 +76,58 @@ class ClassCheckHook(Hook):
     def before_val(self, runner) -> None:
         if self.unlike:
             raise ValueError(self.unlike)
-        self._set_limit(runner)
+        if not self.limits:  # else training has looked
+            self._look(runner, [('val', runner.val_dataloader, ())])
 
     def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
         self._check_labels(data_batch)
 
     def before_test(self, runner) -> None:
-        self._compare(runner, 'test', runner.test_dataloader)
         if self.unlike:
             raise ValueError(self.unlike)
-        self._set_limit(runner)
+        splits = [('test', runner.test_dataloader, runner.test_evaluator.metrics)]
+        self._compare(runner, splits)
+        self._look(runner, splits)
 
     def before_test_iter(self, runner, batch_idx, data_batch=None) -> None:
         self._check_labels(data_batch)
 
-    def _set_limit(self, runner) -> None:
-        head = next(iter(heads_of(unwrap(runner.model)).values()), None)
-        self.limit = head and (head.num_classes, head.ignore_index)
-
     def _check_labels(self, data_batch) -> None:
         samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
-        if not self.limit or not isinstance(samples, list):
+        if not isinstance(samples, list):
             return
-        number, ignored = self.limit
         if samples and isinstance(samples[0], (list, tuple)):  # one for each augmentation
             samples = [sample for same in samples for sample in same]
         for sample in samples:
             if 'gt_sem_seg' not in sample:
                 continue
             label = sample.gt_sem_seg.data
-            wrong = label[(label >= number) & (label != ignored)]
-            if len(wrong):
-                raise ValueError(
-                    f'labels must be one of {number} classes, 0 to {number - 1}, or '
-                    f'{ignored}, got {", ".join(map(str, wrong.unique().tolist()[:8]))} in '
-                    f'{sample.get("seg_map_path")}; tools/misc/check_dataset.py lists all such '
-                    'files, docs/troubleshooting.md the usual causes')
+            for number, ignored in self.limits:
+                wrong = label[((label >= number) | (label < 0)) & (label != ignored)]
+                if len(wrong):
+                    raise ValueError(
+                        f'labels must be one of {number} classes, 0 to {number - 1}, or '
+                        f'{ignored}, got {", ".join(map(str, wrong.unique().tolist()[:8]))} in '
+                        f'{sample.get("seg_map_path")}; tools/misc/check_dataset.py lists all '
+                        'such files, docs/troubleshooting.md the usual causes')
 
-    def _compare(self, runner, split, dataloader) -> None:
-        classes = (getattr(dataloader.dataset, 'metainfo', None) or {}).get('classes')
-        if not classes:
-            return
-        for name, head in heads_of(unwrap(runner.model)).items():
-            if fault := class_fault(name, head.num_classes, split, classes, runner.cfg.filename):
-                raise ValueError(fault)
+    def _compare(self, runner, splits) -> None:
+        """Raises the first fault of the settings."""
+        model = unwrap(runner.model)
+        for split, loader, metrics in splits:
+            if faults := setting_faults(model, loader.dataset, split, runner.cfg.filename,
+                                        metrics):
+                raise ValueError(faults[0])
+
+    def _look(self, runner, splits) -> None:
+        """Sets the limits, and raises the first fault of the labels."""
+        self.limits = limits_of(heads_of(unwrap(runner.model)))
+        for split, loader, _ in splits if self.limits else ():
+            seen = look(loader.dataset, self.limits)
+            if seen.faults:
+                raise ValueError(summary(seen.faults))
+            if seen.lone and split == 'train':
+                if seen.seen == seen.number:
+                    raise ValueError(f'{split}_dataloader: {seen.lone}')
+                runner.logger.warning(
+                    f'{split}_dataloader, {seen.seen} of {seen.number} labels: {seen.lone}')

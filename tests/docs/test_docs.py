@@ -32,6 +32,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import mmcv_full_available
+from mmseg.evaluation import IoUMetric
 from mmseg.models.decode_heads import ASPPHead, FCNHead
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import DATASETS
@@ -44,7 +45,8 @@ from short_training import SHORT
 from torch.nn.modules._functions import SyncBatchNorm
 
 from mmseg_kn import KNConv2d, KNResNet, KNResNetCls, stack
-from mmseg_kn.engine.class_check_hook import ClassCheckHook, class_fault
+from mmseg_kn.engine.class_check_hook import ClassCheckHook
+from mmseg_kn.engine.class_checks import class_fault
 from mmseg_kn.engine.safe_checkpoint_hook import SafeCheckpointHook, _explained
 from mmseg_kn.privacy.optim_wrapper import DPOptimWrapper
 
@@ -364,7 +366,16 @@ def bad_file(image=None, label=None):
     pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
     if label is None and image is None:
         path.write_bytes(path.read_bytes()[:-8])
-    cityscapes(pipeline=pipeline)
+    return cityscapes(pipeline=pipeline)
+
+
+def checked(dataset, **head):
+    """Starts to test a head with a data set, as a config with the hook does."""
+    head = ASPPHead(in_channels=4, channels=4, **dict(dict(num_classes=19), **head))
+    runner = mock.Mock(model=torch.nn.ModuleDict(dict(decode_head=head)))
+    runner.test_dataloader.dataset = dataset
+    runner.test_evaluator.metrics = [IoUMetric()]
+    ClassCheckHook().before_test(runner)
 
 
 def label_ids():
@@ -379,7 +390,7 @@ def bad_batch():
     sample = SegDataSample(gt_sem_seg=PixelData(data=torch.full((1, 2, 2), 21)),
                            metainfo=dict(seg_map_path='label.png'))
     hook = ClassCheckHook()
-    hook.limit = 19, 255
+    hook.limits = [(19, 255)]
     hook.before_train_iter(None, 0, dict(data_samples=[sample]))
 
 

@@ -1,6 +1,4 @@
-"""Loaders whose workers are spawned, as they always are on Windows, and how launches end."""
-import os
-import sys
+"""Loaders whose workers are spawned, as they always are on Windows."""
 from pathlib import Path
 
 import mmseg

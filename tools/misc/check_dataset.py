@@ -1,14 +1,17 @@
 """Reads every image and label of a config's data sets and lists all that is wrong with them.
 
-Size, depth and channels of each file, damage, and whether label values are classes. Prints the
-sizes, the share of each class and up to --max-problems problems, each with its file and a
-remedy, and exits with 1 if there is any. The heads' num_classes must be the number of classes.
+Size, depth and channels of each file, damage, and whether label values are classes; what the
+pipeline loads by transforms of your own is loaded by these. Prints the sizes, the share of each
+class and up to --max-problems problems, each with its file and a remedy, and exits with 1 if
+there is any. The model is built, without weights, and all that ClassCheckHook compares before a
+training is compared: classes, outputs and losses of each head, and what is ignored.
 
     python tools/misc/check_dataset.py CONFIG --split train --workers 8
 """
 import argparse
 import functools
 import os
+import pickle
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,12 +22,14 @@ import numpy as np
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
 # isort: split
-from mmseg.registry import DATASETS
+from mmengine.evaluator import Evaluator
+from mmseg.registry import DATASETS, MODELS
 
 from mmseg_kn.datasets import KNCityscapesDataset
-from mmseg_kn.datasets.file_checks import rules_of, scan
+from mmseg_kn.datasets.file_checks import Rules, rules_of, scan
+from mmseg_kn.datasets.label_values import lone_class_fault
 from mmseg_kn.datasets.walk import innermost, walk
-from mmseg_kn.engine.class_check_hook import class_fault
+from mmseg_kn.engine.class_checks import heads_of, limits_of, setting_faults
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
 
@@ -58,95 +63,127 @@ def leave_checks(cfg) -> None:
             part['check_files'] = False
 
 
-def share_lines(pixels: np.ndarray, rules) -> list[str]:
+def share_lines(pixels: np.ndarray, classes) -> list[str]:
     """The label values that occur, with class and share of pixels, and the classes that do not."""
-    lines, seen = [], set()
+    lines, seen, names = [], set(), classes.names if classes else ()
     for value in np.flatnonzero(pixels):
         name = ''
-        if rules.index is not None:
-            index = rules.index[value]
-            known = index < len(rules.classes) and index != rules.ignore_index
+        if classes:
+            index = classes.index[value]
+            ignored = classes.ignored()[value]
+            known = index < len(names) and not ignored
             seen |= {index} if known else set()
-            name = rules.classes[index] if known else \
-                'ignored' if index == rules.ignore_index else 'NO CLASS'
+            name = names[index] if known else 'ignored' if ignored else 'NO CLASS'
         lines.append(f'  {value:3} {name:16} {pixels[value] / pixels.sum():7.2%}')
-    never = [name for i, name in enumerate(rules.classes) if i not in seen]
+    never = [name for i, name in enumerate(names) if i not in seen]
     if len(pixels) and never:
         lines.append(f'  never: {", ".join(never)}')
     return lines
 
 
-def head_faults(cfg, split: str, classes) -> list[str]:
-    """Which heads of a config have another number of classes than a dataset."""
-    faults = []
-    for name in ('decode_head', 'auxiliary_head'):
-        heads = cfg.get('model', {}).get(name)
-        several = isinstance(heads, (list, tuple))
-        for i, head in enumerate(heads if several else [heads]):
-            if head and classes and 'num_classes' in head:
-                faults.append(class_fault(name + f'[{i}]' * several, head.num_classes, split,
-                                          classes, cfg.filename))
-    return [fault for fault in faults if fault]
+def read_all(dataset, rules: Rules, workers: int) -> list:
+    """The record of each sample of a dataset."""
+    samples = [dataset.get_data_info(i) for i in range(len(dataset))]
+    read = functools.partial(scan, rules=rules)
+    try:
+        pickle.dumps(read)
+    except Exception:  # a transform of one's own that no process can be sent
+        workers = 1
+    if not samples:
+        return []
+    if workers == 1:
+        return mmengine.track_progress(read, samples)
+    return mmengine.track_parallel_progress(read, samples, workers, chunksize=8)
 
 
-def check(name: str, dataset, cfg, args: argparse.Namespace) -> int:
-    """Reads one dataset and prints what it found; returns the number of problems."""
-    rules = rules_of(dataset)
-    samples = [{key: info[key] for key in ('img_path', 'seg_map_path') if key in info}
-               for info in map(dataset.get_data_info, range(len(dataset)))]
-    read = functools.partial(scan, rules=rules, backend_args=dataset.backend_args)
-    if not samples:
-        records = []
-    elif args.workers == 1:
-        records = mmengine.track_progress(read, samples)
-    else:
-        records = mmengine.track_parallel_progress(read, samples, args.workers, chunksize=8)
-    faults = head_faults(cfg, name.split('[')[0], rules.classes)
-    faults += [fault for record in records for fault in record.faults]
-    if not samples:
-        faults += [f'{name}: there must be images, got none in {dataset.data_prefix}; check '
-                  'data_root, data_prefix and img_suffix']
+def print_faults(faults: list[str], most: int) -> None:
+    print(f'problems: {len(faults)}', *(f'  {f}' for f in faults[:most]), sep='\n')
+    if len(faults) > most:
+        print(f'  and {len(faults) - most} more: --max-problems')
+
+
+def check(name: str, dataset, faults: list[str], limits, args: argparse.Namespace) -> int:
+    """Reads one dataset and prints what it found; returns the number of problems.
+
+    Args:
+        name: Of the split, and which dataset of it.
+        dataset: Without wrappers.
+        faults: Those found so far, which are printed with it.
+        limits: (num_classes, ignore_index) of each head.
+        args: Of the program.
+    """
+    if not all(hasattr(dataset, part) for part in ('pipeline', 'get_data_info', 'metainfo')):
+        print(f'\n{name}: {type(dataset).__name__} is no dataset of mmseg and keeps no list of '
+              'files; they are not read')
+        print_faults(faults, args.max_problems)
+        return len(faults)
+    rules = rules_of(dataset, limits)
+    records = read_all(dataset, rules, args.workers)
+    faults = faults + [fault for record in records for fault in record.faults]
+    if not records:
+        where = getattr(dataset, 'data_prefix', '') or getattr(dataset, 'data_root', '')
+        faults += [f'{name}: there must be images, got none in {where}; check data_root, '
+                   'data_prefix and img_suffix']
     sizes = Counter(r.size for r in records if r.size)
-    print(f'\n{name}: {len(samples)} images, H x W '
+    print(f'\n{name}: {len(records)} images, H x W '
           + ', '.join(f'{h} x {w} ({n})' for (h, w), n in sizes.most_common(5))
           + f', and {len(sizes) - 5} other sizes' * (len(sizes) > 5))
     labels = [record.pixels for record in records if record.pixels is not None]
     if labels:
-        print(f'values of {len(labels)} labels:', *share_lines(sum(labels), rules), sep='\n')
-    elif not rules.labels:
+        pixels = sum(labels)
+        print(f'values of {len(labels)} labels:', *share_lines(pixels, rules.classes), sep='\n')
+        if fault := name.startswith('train') and lone_class_fault(pixels, rules.classes):
+            faults += [f'{name}: {fault}']
+    elif not any(record.faults for record in records):
         print('its pipeline loads no labels')
-    print(f'problems: {len(faults)}', *(f'  {f}' for f in faults[:args.max_problems]), sep='\n')
-    if len(faults) > args.max_problems:
-        print(f'  and {len(faults) - args.max_problems} more: --max-problems')
+    print_faults(faults, args.max_problems)
     return len(faults)
+
+
+def build(kind: str, registry, cfg) -> tuple:
+    """What a config describes, built, and what went wrong, as a training would say it."""
+    try:
+        return registry.build(cfg), []
+    except Exception as error:  # whatever a dataset or model of one's own raises
+        text = str(error) or type(error).__name__
+        known = isinstance(error, (ValueError, OSError))
+        return None, [text if known else f'the {kind} cannot be built: {text}']
 
 
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
     wanted = SPLITS if args.split == 'all' else (args.split, )
-    problems, seen = 0, {}
+    model, faults = build('model', MODELS, cfg.model) if cfg.get('model') else (None, [])
+    if faults:
+        print(f'model\nproblems: 1\n  {faults[0]}')
+    limits = limits_of(heads_of(model)) if model else []
+    problems, seen = len(faults), {}
     for split in wanted:
         loader = cfg.get(f'{split}_dataloader')
         if not loader:
             print(f'{split}: the config has no {split}_dataloader')
             problems += args.split != 'all'
             continue
+        evaluator = cfg.get(f'{split}_evaluator')
         text = repr(loader.dataset)
         if text in seen:
             print(f'{split}: the data set of {seen[text]}')
             continue
         seen[text] = split
         leave_checks(loader.dataset)
-        try:
-            dataset = DATASETS.build(loader.dataset)
-        except (ValueError, OSError) as error:
-            print(f'{split}\nproblems: 1\n  {error}')
+        dataset, faults = build('data set', DATASETS, loader.dataset)
+        if faults:
+            print(f'{split}\nproblems: 1\n  {faults[0]}')
             problems += 1
             continue
+        metrics = Evaluator(evaluator).metrics if evaluator else ()
         parts = innermost(dataset)
+        faults = setting_faults(model, dataset, split, cfg.filename, metrics) if model else []
         for i, part in enumerate(parts):
-            problems += check(split + f'[{i}]' * (len(parts) > 1), part, cfg, args)
+            name = split + f'[{i}]' * (len(parts) > 1)
+            problems += check(name, part, faults, limits, args)
+            faults = []
     sys.exit(problems > 0)
 
 
