@@ -46,7 +46,7 @@ def value_fault(pixels: np.ndarray, classes: Classes | None) -> str | None:
         'METAINFO of a dataset class of your own (docs/getting_started.md)'
     remedy = (f'renumber them, or name every class in {where} and set num_classes of the heads '
               'to match')
-    if number == 19 and wrong.max() < 34:
+    if number == 19 and 19 < wrong.max() < 34:  # 19 alone would be a class more
         remedy = ("these look like Cityscapes' labelIds: mmseg's "
                   'tools/dataset_converters/cityscapes.py makes *_labelTrainIds.png of the '
                   'polygons, and seg_map_suffix must name those')

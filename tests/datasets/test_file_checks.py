@@ -9,8 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 from program import ROOT, execute
 from short_training import SHORT
@@ -201,6 +203,39 @@ def test_wrapped_and_other_datasets(scenes, capsys, tmp_path):
     code, printed = tool(scenes, capsys, config=tmp_path / 'wrapped.py')
     assert code == 1 and printed.count(f'{bad}: images of 3 channels are needed') == 2
     assert 'train[0]: 2 images' in printed and 'got 19 in model.decode_head and 2' in printed
+
+
+@DATASETS.register_module()
+class Tensors(torch.utils.data.Dataset):
+    """A data set of torch alone."""
+
+    def __len__(self):
+        return 2
+
+
+@TRANSFORMS.register_module()
+class NotSent:
+    """A transform that cannot be sent to another process, after which nothing can be loaded."""
+
+    def __init__(self):
+        self.change = lambda results: results
+
+    def __call__(self, results):
+        return self.change(results)
+
+
+def test_data_sets_and_models_of_ones_own(scenes, capsys, tmp_path):
+    """What cannot be read or built is told, and the rest is checked."""
+    cfg = config(scenes)
+    cfg.train_dataloader.dataset = dict(type='Tensors')
+    cfg.val_dataloader.dataset.pipeline = [dict(type='NotSent'), *cfg.val_dataloader.dataset.
+                                           pipeline]
+    cfg.model.decode_head.dilations = 'none'
+    cfg.dump(tmp_path / 'own.py')
+    code, printed = tool(scenes, capsys, '--workers', 2, split='all', config=tmp_path / 'own.py')
+    assert code == 1 and 'the model cannot be built: ' in printed
+    assert 'train: Tensors is no dataset of mmseg and keeps no list of files' in printed
+    assert 'val: 1 images' in printed and printed.count('problems: 0') == 3
 
 
 def test_processes_and_all_splits(scenes, tmp_path):

@@ -102,7 +102,8 @@ def print_faults(faults: list[str], most: int) -> None:
         print(f'  and {len(faults) - most} more: --max-problems')
 
 
-def check(name: str, dataset, faults: list[str], limits, args: argparse.Namespace) -> int:
+def check(name: str, dataset, faults: list[str], limits, args: argparse.Namespace,
+          seen: list, last: bool) -> int:
     """Reads one dataset and prints what it found; returns the number of problems.
 
     Args:
@@ -111,6 +112,8 @@ def check(name: str, dataset, faults: list[str], limits, args: argparse.Namespac
         faults: Those found so far, which are printed with it.
         limits: (num_classes, ignore_index) of each head.
         args: Of the program.
+        seen: Pixels of each label value in the datasets of the split before; gets this one's.
+        last: Whether it is the last of its split, whose labels are then judged together.
     """
     if not all(hasattr(dataset, part) for part in ('pipeline', 'get_data_info', 'metainfo')):
         print(f'\n{name}: {type(dataset).__name__} is no dataset of mmseg and keeps no list of '
@@ -130,9 +133,10 @@ def check(name: str, dataset, faults: list[str], limits, args: argparse.Namespac
           + f', and {len(sizes) - 5} other sizes' * (len(sizes) > 5))
     labels = [record.pixels for record in records if record.pixels is not None]
     if labels:
-        pixels = sum(labels)
-        print(f'values of {len(labels)} labels:', *share_lines(pixels, rules.classes), sep='\n')
-        if fault := name.startswith('train') and lone_class_fault(pixels, rules.classes):
+        seen.append(sum(labels))
+        print(f'values of {len(labels)} labels:', *share_lines(seen[-1], rules.classes), sep='\n')
+        if last and name.startswith('train') and (
+                fault := lone_class_fault(sum(seen), rules.classes)):
             faults += [f'{name}: {fault}']
     elif not any(record.faults for record in records):
         print('its pipeline loads no labels')
@@ -140,10 +144,10 @@ def check(name: str, dataset, faults: list[str], limits, args: argparse.Namespac
     return len(faults)
 
 
-def build(kind: str, registry, cfg) -> tuple:
+def build(kind: str, make, cfg) -> tuple:
     """What a config describes, built, and what went wrong, as a training would say it."""
     try:
-        return registry.build(cfg), []
+        return make(cfg), []
     except Exception as error:  # whatever a dataset or model of one's own raises
         text = str(error) or type(error).__name__
         known = isinstance(error, (ValueError, OSError))
@@ -154,7 +158,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
     wanted = SPLITS if args.split == 'all' else (args.split, )
-    model, faults = build('model', MODELS, cfg.model) if cfg.get('model') else (None, [])
+    model, faults = build('model', MODELS.build, cfg.model) if cfg.get('model') else (None, [])
     if faults:
         print(f'model\nproblems: 1\n  {faults[0]}')
     limits = limits_of(heads_of(model)) if model else []
@@ -166,23 +170,25 @@ def main() -> None:
             problems += args.split != 'all'
             continue
         evaluator = cfg.get(f'{split}_evaluator')
-        text = repr(loader.dataset)
+        text = repr((loader.dataset, evaluator))
         if text in seen:
             print(f'{split}: the data set of {seen[text]}')
             continue
         seen[text] = split
         leave_checks(loader.dataset)
-        dataset, faults = build('data set', DATASETS, loader.dataset)
+        dataset, faults = build('data set', DATASETS.build, loader.dataset)
         if faults:
             print(f'{split}\nproblems: 1\n  {faults[0]}')
             problems += 1
             continue
-        metrics = Evaluator(evaluator).metrics if evaluator else ()
-        parts = innermost(dataset)
-        faults = setting_faults(model, dataset, split, cfg.filename, metrics) if model else []
+        made, faults = build('evaluator', Evaluator, evaluator or [])
+        if model:
+            metrics = made.metrics if made else ()
+            faults += setting_faults(model, dataset, split, cfg.filename, metrics)
+        parts, pixels = innermost(dataset), []
         for i, part in enumerate(parts):
             name = split + f'[{i}]' * (len(parts) > 1)
-            problems += check(name, part, faults, limits, args)
+            problems += check(name, part, faults, limits, args, pixels, i == len(parts) - 1)
             faults = []
     sys.exit(problems > 0)
 
