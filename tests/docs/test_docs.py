@@ -24,7 +24,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmcv.cnn import build_conv_layer
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
@@ -33,6 +35,7 @@ from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import mmcv_full_available
 from mmseg.evaluation import IoUMetric
+from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.models.decode_heads import ASPPHead, FCNHead
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import DATASETS
@@ -45,8 +48,9 @@ from short_training import SHORT
 from torch.nn.modules._functions import SyncBatchNorm
 
 from mmseg_kn import KNConv2d, KNResNet, KNResNetCls, stack
+from mmseg_kn.datasets.pipeline_loaders import load, loaders_of
 from mmseg_kn.engine.class_check_hook import ClassCheckHook
-from mmseg_kn.engine.class_checks import class_fault
+from mmseg_kn.engine.class_checks import class_fault, setting_faults
 from mmseg_kn.engine.safe_checkpoint_hook import SafeCheckpointHook, _explained
 from mmseg_kn.privacy.optim_wrapper import DPOptimWrapper
 
@@ -327,7 +331,8 @@ def cityscapes(**kwargs):
     options = dict(type='KNCityscapesDataset', data_root='data/cityscapes',
                    data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
                    pipeline=[dict(type='LoadAnnotations')])
-    return DATASETS.build(dict(options, **kwargs))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        return DATASETS.build(dict(options, **kwargs))
 
 
 def empty_cityscapes():
@@ -380,6 +385,39 @@ def checked(dataset, **head):
 
 def label_ids():
     bad_file(label=np.array([[0, 23, 26, 255]], np.uint8).repeat(2, 1).repeat(8, 0))
+
+
+class LoadArray(LoadImageFromFile):
+    """A transform as users write it."""
+
+    def transform(self, results):
+        return dict(results, img=np.load(results['img_path']))
+
+
+def own_loader():
+    loaders = loaders_of(Compose([LoadArray()]))
+    # The page shows it as it ends a message, without the kind of an error.
+    raise SystemExit(load(dict(img_path='image.npy'), loaders).fault)
+
+
+def named(classes):
+    dataset = mock.Mock(spec=['metainfo'], metainfo=dict(classes=classes))
+    checked(dataset, num_classes=2)
+
+
+def padded():
+    head = ASPPHead(in_channels=4, channels=4, num_classes=19, ignore_index=19)
+    model = torch.nn.ModuleDict(dict(decode_head=head, data_preprocessor=SegDataPreProcessor(
+        size=(8, 8))))
+    dataset = mock.Mock(spec=['metainfo'], metainfo=dict(classes=[str(i) for i in range(19)]))
+    raise_it(setting_faults(model, dataset, 'train', 'config.py')[0])
+
+
+def masks():
+    dataset = bad_file(label=np.array([[0, 255]] * 8, np.uint8).repeat(4, 1))
+    head = ASPPHead(in_channels=4, channels=4, num_classes=19)
+    ClassCheckHook()._look(mock.Mock(model=torch.nn.ModuleDict(dict(decode_head=head))), [
+        ('train', mock.Mock(dataset=dataset), ())])
 
 
 def raise_it(message):
@@ -471,6 +509,15 @@ OURS = {
     '16-bit label': lambda: bad_file(label=np.zeros((8, 8), np.uint16)),
     'another size': lambda: bad_file(label=np.zeros((4, 8), np.uint8)),
     'cut off': bad_file,
+    'own loader': own_loader,
+    'padding': padded,
+    'metric': lambda: checked(cityscapes(lazy_init=True), ignore_index=19),
+    'one output': lambda: checked(
+        mock.Mock(spec=['metainfo'], metainfo=dict(classes=('a', 'b'))), num_classes=2,
+        out_channels=1),
+    'one class': lambda: named(['water']),
+    'string': lambda: named('water'),
+    'masks': masks,
     'bad batch': bad_batch,
     'num_classes': lambda: raise_it(class_fault(
         'decode_head', 19, 'train', ('ground', 'object', 'sky'), 'my_config.py')),
