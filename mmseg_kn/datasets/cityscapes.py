@@ -55,7 +55,7 @@ class KNCityscapesDataset(CityscapesDataset):
         if self.check_files:
             rules = rules_of(self)
             ann_dir = self.data_prefix.get('seg_map_path')
-            if ann_dir and rules.loaders.label:
+            if ann_dir and rules.loaders.need_label_files():
                 self._check_labels(data_list, ann_dir)
             backend = fileio.get_file_backend(img_dir, backend_args=self.backend_args)
             if isinstance(backend, fileio.LocalBackend):

@@ -30,6 +30,14 @@ class Loaders(NamedTuple):
     others: list
     whole: object
 
+    def need_label_files(self) -> bool:
+        """Whether mmseg's LoadAnnotations reads the files that a dataset lists."""
+        if self.label:
+            return True
+        first = next((t for t in self.others if _foreign(t) or isinstance(
+            t, MMCVLoadAnnotations)), None)
+        return type(first) is LoadAnnotations
+
 
 class Loaded(NamedTuple):
     """A sample: (H, W) of its image and of its label as loaded, the label, what went wrong."""
@@ -51,16 +59,21 @@ def transforms_of(transforms) -> Iterator:
 def loaders_of(pipeline) -> Loaders:
     """The :class:`Loaders` of a dataset's pipeline."""
     parts = list(transforms_of(pipeline.transforms))
-    foreign = [t for t in parts if type(t).__module__.split('.')[0] not in _KNOWN]
-    others = [t for t in parts if t in foreign or isinstance(t, (
+    others = [t for t in parts if _foreign(t) or isinstance(t, (
         LoadImageFromFile, MMCVLoadAnnotations)) or type(t).__module__ == loading.__name__]
-    images = [t for t in others if not isinstance(t, MMCVLoadAnnotations) and t not in foreign]
-    labels = [t for t in others if isinstance(t, MMCVLoadAnnotations) or t in foreign]
-    image = images[0] if images and all(map(_plain_image, images)) else None
-    # One's own transform may make indices of what LoadAnnotations has read.
+    images = [t for t in others if not isinstance(t, MMCVLoadAnnotations) and not _foreign(t)]
+    labels = [t for t in others if isinstance(t, MMCVLoadAnnotations) or _foreign(t)]
+    # One's own transform may name another image before it is loaded, and make indices of what
+    # LoadAnnotations has read.
+    image = images[0] if images and all(map(_plain_image, images)) and \
+        not _foreign(others[0]) else None
     label = labels[0] if labels and all(map(_plain_label, labels)) else None
-    done = (image or not images and not foreign) and (label or not labels)
+    done = (image or not images) and (label or not labels)
     return Loaders(image, label, [] if done else others, pipeline)
+
+
+def _foreign(transform) -> bool:
+    return type(transform).__module__.split('.')[0] not in _KNOWN
 
 
 def _plain_image(transform) -> bool:

@@ -129,7 +129,7 @@ def _ignore_faults(model, heads: dict, parts: list, split: str, metrics: Iterabl
                 yield ('metrics must ignore what the heads ignore, got '
                        f'{type(metric).__name__}(ignore_index={value}) in {split}_evaluator and '
                        f'ignore_index={ignored} of model.{name}; set '
-                       f'{split}_evaluator.ignore_index={ignored}')
+                       f'ignore_index={ignored} in {split}_evaluator')
 
 
 def _fillings(model, parts: list, split: str) -> list[tuple[int, str, str]]:

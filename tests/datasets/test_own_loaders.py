@@ -59,6 +59,24 @@ class ToIndices(BaseTransform):
         return results
 
 
+class Augment(BaseTransform):
+    """One's own augmentation, which loads nothing."""
+
+    def transform(self, results):
+        results['img'] = results['img'][::-1].copy()
+        results['gt_seg_map'] = results['gt_seg_map'][::-1].copy()
+        return results
+
+
+class Elsewhere(BaseTransform):
+    """Names other files than the data set lists."""
+
+    def transform(self, results):
+        for key in ('img_path', 'seg_map_path'):
+            results[key] = str(Path(results[key]).with_name(f'{key}.png'))
+        return results
+
+
 class Read(BaseTransform):
     """Image and label at once, and at random, in a class of no known base."""
 
@@ -137,6 +155,13 @@ READABLE = {
         image=image(3), label=lambda path: np.save(path.with_suffix('.npy'), LABEL),
         pipeline=[LoadImageFromFile(), LoadElsewhere()]),
     'no known base': dict(image=image(3), pipeline=[Read()]),
+    'named elsewhere': dict(
+        image=lambda path: path.touch() or cv2.imwrite(str(path.with_name('img_path.png')),
+                                                       image(3)),
+        label=lambda path: cv2.imwrite(str(path.with_name('seg_map_path.png')), LABEL),
+        pipeline=[Elsewhere(), LoadImageFromFile(), LoadAnnotations()]),
+    'augmented': dict(image=image(3), pipeline=[LoadImageFromFile(), LoadAnnotations(),
+                                                Augment()]),
     'unchanged': dict(image=image(), pipeline=[LoadImageFromFile(color_type='unchanged'),
                                                LoadAnnotations()]),
     'turned': dict(image=turned, suffix='.jpg', pipeline=[LoadImageFromFile(),
@@ -203,6 +228,8 @@ UNREADABLE = {
         LoadArray(), LoadAnnotations()]), 'got 6 x 4 and 4 x 4'),
     '12 bands': (dict(image=array(image(12)), suffix='.tif', pipeline=[
         LoadImageFromFile(), LoadAnnotations()]), 'cannot be read as an image'),
+    'augmented': (dict(image=image(3)[:4], pipeline=[LoadImageFromFile(), LoadAnnotations(),
+                                                     Augment()]), 'got 6 x 4 and 4 x 4'),
 }
 
 
@@ -214,6 +241,11 @@ def test_what_the_pipeline_cannot_read_is_named(case, tmp_path):
     dataset = build(tmp_path, **settings, check_files=False)
     fault, = scan(dataset.get_data_info(0), rules_of(dataset)).faults
     assert str(tmp_path) in fault
+
+
+def test_missing_labels_before_ones_own_augmentation(tmp_path):
+    with pytest.raises(ValueError, match='1 of 1 label files are missing'):
+        build(tmp_path, image(3), None, [LoadImageFromFile(), LoadAnnotations(), Augment()])
 
 
 @pytest.mark.parametrize('heads, wrong', [
