@@ -3,6 +3,8 @@
 An ``autograd.Function`` costs the host a third of what a custom operator does. Compilers, which
 cannot look into it, take those of :mod:`.operators`.
 """
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -13,6 +15,13 @@ from .dispatch import passes_of
 from .memory_format import dense, is_channels_last
 from .passes import Kept, Moments
 from .precision import accumulate_dtype
+
+
+def without_autocast(x: Tensor):
+    """A context in which nothing is cast, as backward() may be called under autocast."""
+    device = x.device.type  # entering torch.autocast costs the host as much as a kernel
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if autocasts else nullcontext()
 
 
 class KNConv2dFunction(torch.autograd.Function):
@@ -49,7 +58,7 @@ class KNConv2dFunction(torch.autograd.Function):
                 ctx.saved_tensors)
             # Saved-tensor hooks may return another memory format, and the mask counts in this one.
             x = dense(x, ctx.channels_last)
-            with torch.autocast(x.device.type, enabled=False):  # backward() may run under it
+            with without_autocast(x):
                 dx, dweight, dbias = closed_form.backward(
                     passes_of(ctx.impl), grad, x, weight, bias, mask,
                     Moments(mean, rstd, live, undropped_mean), Kept(z, y, residual, ctx.relu),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import closed_form
-from .autograd import KNConv2dFunction, PixelNormFunction, UnitMomentsFunction
+from .autograd import KNConv2dFunction, PixelNormFunction, UnitMomentsFunction, without_autocast
 from .closed_form import Options
 from .dispatch import exports, passes_of
 from .geometry import Geometry, pad
@@ -123,7 +123,7 @@ def _kn_conv2d_grads(ctx, grad, *_):
         x, weight, bias, *kept = ctx.saved_tensors
         # Saved-tensor hooks may return another memory format, and the mask counts in this one.
         x = dense(x, ctx.channels_last)
-        with torch.autocast(x.device.type, enabled=False):  # backward() may be called under it
+        with without_autocast(x):
             dx, dweight, dbias = _kn_conv2d_backward(grad, x, weight, bias, *kept, *ctx.options,
                                                      ctx.relu, need_x, need_weight, ctx.impl)
     return _grads_for(_kn_conv2d, x=dx if need_x else None,

@@ -12,6 +12,8 @@ PIXELS = 16  # of a program
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
 OUTPUTS = 64  # channels of the output at once, at most; twice as many spill registers
 TOO_OLD = tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3)  # knows no tuples
+KERNELS = (kernels.channel_sums, kernels.moments, kernels.normalize, kernels.scale_grad,
+           kernels.add_moment_grads)
 INTERPRETED = not isinstance(kernels.moments, triton.JITFunction)
 
 
