@@ -74,9 +74,9 @@ class UnitMomentsFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, mask: Tensor | None, options: Options, eps: float,
                 impl: str) -> tuple[Tensor, Tensor, Tensor]:
         setting = options.setting(x)
-        mean, rstd, live, _ = passes_of(impl).unit_moments(
+        mean, rstd, live = passes_of(impl).unit_moments(
             x, options.geometry, mask, options.dropout_p, setting.factor, eps, setting.exact,
-            False)
+            False)[:3]
         ctx.mark_non_differentiable(live)
         ctx.options, ctx.impl, ctx.channels_last = options, impl, is_channels_last(x)
         ctx.save_for_backward(x, mask, mean, rstd, live)

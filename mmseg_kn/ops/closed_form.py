@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .geometry import Geometry, pad
 from .memory_format import dense_like
-from .passes import Kept, MomentGrads, Moments, Passes, Shift
+from .passes import Kept, MomentGrads, Moments, MomentTerms, Passes, Shift
 from .precision import Setting, accumulate_dtype
 
 
@@ -75,8 +75,7 @@ class _Kernel(NamedTuple):
     weight_sum: Tensor
     rounded_sum: Tensor | None  # of ``weight`` as rounded to half precision
 
-    def shifts(self, setting: Setting, mean: Tensor,
-               undropped_mean: Tensor | None) -> list[Shift]:
+    def shifts(self, setting: Setting, moments: Moments) -> list[Shift]:
         """What is still to subtract from the convolution's output to make it z.
 
         Not centred: (sum W, mean). Centred and without dropout: nothing, because the kernel
@@ -84,27 +83,21 @@ class _Kernel(NamedTuple):
         (sum W, mean - undropped mean) remains. In half precision the rounded kernel has a sum of
         its own, which adds (sum kernel, mean of x).
         """
-        shifts = []
+        shifts, mean, undropped_mean = [], moments.mean, moments.undropped_mean
         if setting.is_half:
             of_x = mean if undropped_mean is None else undropped_mean
             shifts.append(Shift(self.rounded_sum, of_x))
         if undropped_mean is not None:
-            shifts.append(Shift(self.weight_sum, mean - undropped_mean))
+            drift = moments.drift
+            shifts.append(Shift(self.weight_sum,
+                                mean - undropped_mean if drift is None else drift))
         elif not setting.is_centred and not setting.is_half:
             shifts.append(Shift(self.weight_sum, mean))
         return shifts
 
 
-def _sum(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.sum((1, 2, 3), dtype=accumulate_dtype(dtype))
-
-
-def _kernel(weight: Tensor, setting: Setting, dtype: torch.dtype) -> _Kernel:
-    weight_sum = _sum(weight, dtype)
-    if setting.is_centred:
-        weight = weight - (weight_sum / weight[0].numel()).view(-1, 1, 1, 1)
-    weight = weight.to(dtype)
-    return _Kernel(weight, weight_sum, _sum(weight, dtype) if setting.is_half else None)
+def _q(options: Options) -> float:
+    return 1 / (1 - options.dropout_p) if options.has_dropout else 1.0
 
 
 def _prepared(x: Tensor, options: Options) -> tuple[Tensor, Geometry]:
@@ -127,13 +120,13 @@ def forward(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None,
     x, geometry = _prepared(x, options)
     moments = passes.unit_moments(x, geometry, mask, options.dropout_p, setting.factor, eps,
                                   setting.exact, setting.needs_undropped_mean)
-    kernel = _kernel(weight, setting, x.dtype)
+    kernel = _Kernel(*passes.prepare_weight(weight, x, setting.is_centred))
     z = F.conv2d(x, kernel.weight, None, geometry.stride, geometry.symmetric_padding,
                  geometry.dilation, options.groups)
     # Under dropout a constant unit differs from its mean, unless the constant is 0.
     dead = setting.exact and not setting.has_dropout
     scale = moments.rstd * moments.live if dead else moments.rstd
-    shifts = kernel.shifts(setting, moments.mean, moments.undropped_mean)
+    shifts = kernel.shifts(setting, moments)
     y = passes.normalize(z, scale, bias, residual, shifts, relu, not keep_z)
     return Output(y, z, moments)
 
@@ -144,15 +137,19 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     """Gradients of :func:`forward` from ``grad`` = dL/dy (N, O, Ho, Wo)."""
     setting, (height, width) = options.setting(x), x.shape[2:]
     x, geometry = _prepared(x, options)
-    mean, rstd, live, undropped_mean = moments
-    kernel = _kernel(weight, setting, x.dtype)
-    shifts = [] if kept.z is None else kernel.shifts(setting, mean, undropped_mean)
+    mean, rstd, live = moments[:3]
+    kernel = _Kernel(*passes.prepare_weight(weight, x, setting.is_centred))
+    shifts = [] if kept.z is None else kernel.shifts(setting, moments)
     # Without dropout a constant unit adds nothing to dW: leave its rounding, times 316, out.
     has_dead = not setting.has_dropout and not (x.device.type == 'cpu' and live.all())
     output = kept.y if kept.z is None else kept.z
-    grad = grad.contiguous() if output is None else dense_like(grad, output)
+    grad = dense_like(grad, x if output is None else output)
+    # A centred kernel takes the undropped mean away itself; without dropout it is the mean.
+    terms = MomentTerms(live, _q(options), setting.factor,
+                        setting.has_dropout or not setting.is_centred,
+                        setting.has_dropout and setting.is_centred) if need_x else None
     scaled = passes.scale_grad(grad, kept, mean * live if has_dead else mean, rstd,
-                               kernel.weight_sum, bias, shifts, need_x)
+                               kernel.weight_sum, bias, shifts, terms)
     h = scaled.h
 
     def conv_backward(need_x, need_weight):
@@ -167,19 +164,10 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     else:
         dx, dweight = conv_backward(need_x, need_weight)
     if need_weight:  # the sum is the same for every element of a filter
-        dweight = dweight.to(scaled.of_mean.dtype).sub_(scaled.of_mean.view(-1, 1, 1, 1))
-        dweight = dense_like(dweight.to(weight.dtype), weight)
+        dweight = passes.finish_weight_grad(dweight, scaled.of_mean, weight)
     if need_x:
-        dvar = scaled.to_var * rstd * live * -0.5
-        q = 1 / (1 - options.dropout_p) if setting.has_dropout else 1.0
-        by_mean = 2 * mean * dvar
-        # A centred kernel takes the undropped mean away itself; without dropout it is the mean.
-        if setting.has_dropout or not setting.is_centred:
-            by_mean = by_mean + scaled.to_mean
-        unmasked = scaled.to_mean if setting.has_dropout and setting.is_centred else None
-        grads = MomentGrads(by_mean * -q, dvar * (2 * q * q * setting.factor), unmasked)
         dx = passes.add_moment_grads(dense_like(dx, x), x, geometry, mask, options.dropout_p,
-                                     grads, options.rectify)
+                                     scaled.to_moments, options.rectify)
         if geometry is not options.geometry:  # what is padded here is cut off again
             left, _, top, _ = options.geometry.padding
             dx = dense_like(dx[..., top:top + height, left:left + width], x)
@@ -190,8 +178,8 @@ def pixel_norm(passes: Passes, x: Tensor, mask: Tensor | None, options: Options,
                relu: bool) -> tuple[Tensor, Moments]:
     """(x - mean) * rstd of every pixel of x (N, C, H, W), through relu if asked for."""
     setting = options.setting(x)
-    mean, rstd, live, _ = passes.unit_moments(
-        x, options.geometry, mask, options.dropout_p, setting.factor, eps, setting.exact, False)
+    mean, rstd, live = passes.unit_moments(x, options.geometry, mask, options.dropout_p,
+                                           setting.factor, eps, setting.exact, False)[:3]
     acc = accumulate_dtype(x.dtype)
     mean, rstd = mean.to(acc), rstd.to(acc)
     y = torch.sub(x, mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
@@ -205,26 +193,23 @@ def pixel_norm_backward(passes: Passes, grad: Tensor, x: Tensor, mask: Tensor | 
 
     It is a KNConv whose convolution passes x on: with ones for sum(W), and z = x - mean.
     """
-    setting, (mean, rstd, live, _) = options.setting(x), moments
+    setting, (mean, rstd, live) = options.setting(x), moments[:3]
     grad = dense_like(grad, x)
     if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     z = torch.sub(x, mean.unsqueeze(1))
+    terms = MomentTerms(live, _q(options), setting.factor, True, False)
     scaled = passes.scale_grad(grad, Kept(z=z), mean, rstd, mean.new_ones(x.size(1)), None, [],
-                               True)
-    q = 1 / (1 - options.dropout_p) if setting.has_dropout else 1.0
-    dvar = scaled.to_var * rstd * live * -0.5
-    grads = MomentGrads((2 * mean * dvar + scaled.to_mean) * -q,
-                        dvar * (2 * q * q * setting.factor), None)
-    return passes.add_moment_grads(scaled.h, x, options.geometry, mask, options.dropout_p, grads,
-                                   False)
+                               terms)
+    return passes.add_moment_grads(scaled.h, x, options.geometry, mask, options.dropout_p,
+                                   scaled.to_moments, False)
 
 
 def moments_backward(passes: Passes, grad_mean: Tensor, grad_rstd: Tensor, x: Tensor,
                      mask: Tensor | None, moments: Moments, options: Options) -> Tensor:
     """dx from the gradients of mean and rstd, (N, Ho, Wo) each, as :func:`forward` takes them."""
     setting = options.setting(x)
-    q = 1 / (1 - options.dropout_p) if setting.has_dropout else 1.0
+    q = _q(options)
     dvar = grad_rstd * moments.rstd**3 * moments.live * -0.5
     grads = MomentGrads((grad_mean - 2 * moments.mean * dvar) * q,
                         dvar * (2 * q * q * setting.factor), None)

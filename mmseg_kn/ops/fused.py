@@ -12,8 +12,8 @@ from torch import Tensor
 from .box_means import box_mean, box_mean_transpose
 from .cpu_chunks import by_chunk, is_eager_on_cpu, scratch_like
 from .geometry import Geometry
-from .memory_format import is_channels_last
-from .passes import Kept, MomentGrads, Moments, ScaledGrad, Shift
+from .memory_format import dense_like, is_channels_last
+from .passes import Kept, MomentGrads, Moments, MomentTerms, ScaledGrad, Shift
 from .precision import LIVE_ROUNDINGS, ORIGIN_CHANNELS, SMALL_DROPOUT, accumulate_dtype
 
 _WIDE = 2**16  # elements of a sample that are worth a call of their own
@@ -158,7 +158,7 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
 
 
 def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
-               bias: Tensor | None, shifts: list[Shift], need_x: bool) -> ScaledGrad:
+               bias: Tensor | None, shifts: list[Shift], terms: MomentTerms | None) -> ScaledGrad:
     """See :meth:`.Passes.scale_grad`."""
     has_y = kept.y is not None
     acc = accumulate_dtype(grad.dtype)
@@ -183,7 +183,7 @@ def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum:
         torch.mul(chunk, part.of(scale), out=hc)
         # A row times a matrix: torch takes ten times as long for the matrix times a column.
         of_means.append((part.of(mean).unsqueeze(1) @ hc.transpose(1, 2)).sum((0, 1)))
-        if need_x:
+        if terms is not None:
             sums = rows @ hc
             part.of(to_mean).copy_(sums[:, 0])
             memory = scratch_like(chunk)[1]
@@ -197,15 +197,16 @@ def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum:
         if hc is not target:
             target.copy_(hc)
     of_mean, dbias = reduce(add, of_means), reduce(add, biases)
-    if not need_x:
-        return ScaledGrad(h, None, None, of_mean, dbias)
+    if terms is None:
+        return ScaledGrad(h, None, of_mean, dbias)
     if not has_y:
         to_var *= rstd
     to_mean, to_var = to_mean.view(n, ho, wo), to_var.view(n, ho, wo)
     for s, u in shifts:
         along = to_mean if s is weight_sum else (s.to(acc) @ h.flatten(2).to(acc)).view(n, ho, wo)
         to_var = to_var - along * u * rstd.view(n, ho, wo)
-    return ScaledGrad(h, to_mean, to_var, of_mean, dbias)
+    mean, rstd = mean.view(n, ho, wo), rstd.view(n, ho, wo)
+    return ScaledGrad(h, terms.grads(to_mean, to_var, mean, rstd), of_mean, dbias)
 
 
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
@@ -229,3 +230,24 @@ def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | N
         else:
             target.add_(memory)
     return dx
+
+
+def _sum(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.sum((1, 2, 3), dtype=accumulate_dtype(dtype))
+
+
+def prepare_weight(weight: Tensor, x: Tensor, centred: bool) -> tuple[Tensor, Tensor,
+                                                                     Tensor | None]:
+    """See :meth:`.Passes.prepare_weight`."""
+    weight_sum = _sum(weight, x.dtype)
+    if centred:
+        weight = weight - (weight_sum / weight[0].numel()).view(-1, 1, 1, 1)
+    weight = weight.to(x.dtype)
+    is_half = accumulate_dtype(x.dtype) != x.dtype
+    return weight, weight_sum, _sum(weight, x.dtype) if is_half else None
+
+
+def finish_weight_grad(grad: Tensor, of_mean: Tensor, weight: Tensor) -> Tensor:
+    """See :meth:`.Passes.finish_weight_grad`."""
+    grad = grad.to(of_mean.dtype).sub_(of_mean.view(-1, 1, 1, 1))
+    return dense_like(grad.to(weight.dtype), weight)

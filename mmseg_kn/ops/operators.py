@@ -238,8 +238,8 @@ def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         y, mean, rstd, live = KNConv2dFunction.apply(x, weight, bias, residual, mask, options,
                                                      eps, relu, keep_output, impl)
     else:
-        y, _, (mean, rstd, live, _) = closed_form.forward(passes, x, weight, bias, residual, mask,
-                                                          options, eps, relu, keep_z=False)
+        y, _, (mean, rstd, live, *_) = closed_form.forward(passes, x, weight, bias, residual, mask,
+                                                           options, eps, relu, keep_z=False)
     return y, mean, rstd if mask is not None else rstd * live
 
 

@@ -1,6 +1,6 @@
 """The contract between the closed form and its implementations.
 
-An implementation is a module with the five functions of :class:`Passes`, each of which reads or
+An implementation is a module with the functions of :class:`Passes`, each of which reads or
 writes a full-size tensor once: :mod:`.fused` in torch operations, :mod:`.triton_passes` in
 kernels. N samples, C channels in, O channels out, units at Ho x Wo positions.
 """
@@ -18,6 +18,7 @@ class Moments(NamedTuple):
     rstd: Tensor  # (var + eps) ** -0.5
     live: Tensor  # bool: the variance is above 0 and above its own rounding
     undropped_mean: Tensor | None  # mean of the input itself, where it was asked for
+    drift: Tensor | None = None  # mean - undropped_mean, where it was taken along
 
 
 class Shift(NamedTuple):
@@ -42,19 +43,6 @@ class Kept(NamedTuple):
     relu: bool = False
 
 
-class ScaledGrad(NamedTuple):
-    """h = dL/dy * rstd and its sums.
-
-    The two sums over channels are needed for dx only, and None where that is not wanted.
-    """
-
-    h: Tensor  # (N, O, Ho, Wo)
-    to_mean: Tensor | None  # sum_o h * sum(W)_o, (N, Ho, Wo)
-    to_var: Tensor | None  # sum_o h * z * rstd, (N, Ho, Wo)
-    of_mean: Tensor  # sum_{n, p} h * mean, (O,)
-    bias: Tensor  # sum_{n, p} dL/dy, (O,); no view, because an operator returns it
-
-
 class MomentGrads(NamedTuple):
     """What the moments of the units send back to the elements of x, (N, Ho, Wo) each.
 
@@ -65,6 +53,43 @@ class MomentGrads(NamedTuple):
     constant: Tensor
     slope: Tensor
     unmasked: Tensor | None
+
+
+class MomentTerms(NamedTuple):
+    """How the sums of h over channels become :class:`MomentGrads`.
+
+    ``masked`` and ``unmasked`` say which means of a unit the output was shifted by: that of the
+    dropped copy, and that of the input itself.
+    """
+
+    live: Tensor  # (N, Ho, Wo), bool
+    q: float  # 1 / (1 - p) under dropout
+    factor: float  # of the second moment
+    masked: bool
+    unmasked: bool
+
+    @property
+    def of_dvar(self) -> float:
+        """slope / dvar"""
+        return 2 * self.q**2 * self.factor
+
+    def grads(self, to_mean: Tensor, to_var: Tensor, mean: Tensor, rstd: Tensor) -> MomentGrads:
+        """From sum_o h * sum(W)_o and sum_o h * z * rstd, (N, Ho, Wo) as mean and rstd."""
+        dvar = to_var * rstd * self.live * -0.5
+        constant = 2 * mean * dvar
+        if self.masked:
+            constant = constant + to_mean
+        return MomentGrads(constant * -self.q, dvar * self.of_dvar,
+                           to_mean if self.unmasked else None)
+
+
+class ScaledGrad(NamedTuple):
+    """h = dL/dy * rstd and its sums."""
+
+    h: Tensor  # (N, O, Ho, Wo)
+    to_moments: MomentGrads | None  # None where dx is not wanted
+    of_mean: Tensor  # sum_{n, p} h * mean, (O,)
+    bias: Tensor  # sum_{n, p} dL/dy, (O,); no view, because an operator returns it
 
 
 class Passes(Protocol):
@@ -96,10 +121,11 @@ class Passes(Protocol):
 
     def scale_grad(self, grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor,
                    weight_sum: Tensor, bias: Tensor | None, shifts: list[Shift],
-                   need_x: bool) -> ScaledGrad:
+                   terms: MomentTerms | None) -> ScaledGrad:
         """Scales ``grad`` = dL/dy (N, O, Ho, Wo) and reduces it.
 
-        ``shifts`` are those of ``kept.z``, and empty where y is kept.
+        ``shifts`` are those of ``kept.z``, and empty where y is kept. ``terms`` is None where dx
+        is not wanted.
         """
 
     def add_moment_grads(self, dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
@@ -109,3 +135,14 @@ class Passes(Protocol):
         ``rectified`` says that x is a relu's output: then dx is 0 where x is 0, as the gradient
         of the relu's input is.
         """
+
+    def prepare_weight(self, weight: Tensor, x: Tensor, centred: bool) -> tuple[Tensor, Tensor,
+                                                                               Tensor | None]:
+        """weight (O, C / groups, kh, kw) as x is convolved with it, and its sums, (O,) each.
+
+        It is taken less the mean of each filter if ``centred``, in the dtype of x. The sums are of
+        the weight, and in half precision, else None, of what it was rounded to.
+        """
+
+    def finish_weight_grad(self, grad: Tensor, of_mean: Tensor, weight: Tensor) -> Tensor:
+        """grad (O, C / groups, kh, kw) less of_mean (O,), in dtype and memory format of weight."""

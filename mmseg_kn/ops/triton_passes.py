@@ -1,20 +1,28 @@
-"""The passes (:mod:`.passes`) as launches of the kernels in :mod:`.triton_kernels`."""
+"""The passes (:mod:`.passes`) as launches of Triton kernels."""
+import math
+
 import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from . import triton_backward, triton_forward, triton_weights
 from .geometry import Geometry
 from .memory_format import dense_like, is_channels_last
-from .passes import Kept, MomentGrads, Moments, ScaledGrad, Shift
+from .passes import Kept, MomentGrads, Moments, MomentTerms, ScaledGrad, Shift
+from .precision import accumulate_dtype
 
-PIXELS = 16  # of a program
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
-OUTPUTS = 64  # channels of the output at once, at most; twice as many spill registers
+TILE = 512  # elements of such a tile: four for each thread
+BLOCK = (1024, 64)  # elements of a block of `normalize`, and channels at most
+GRAD_BLOCK = (2048, 64)  # ... of `scale_grad`
+WEIGHTS = (4, 512)  # filters of a program, and their elements at once
+VECTOR = 8  # elements that a thread loads at once at most: 128 bits of half precision
+KERNELS = (triton_forward.channel_sums, triton_forward.moments, triton_forward.normalize,
+           triton_backward.scale_grad, triton_backward.add_partials,
+           triton_backward.add_moment_grads, triton_weights.prepare_weight,
+           triton_weights.finish_weight_grad)
 TOO_OLD = tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3)  # knows no tuples
-KERNELS = (kernels.channel_sums, kernels.moments, kernels.normalize, kernels.scale_grad,
-           kernels.add_moment_grads)
-INTERPRETED = not isinstance(kernels.moments, triton.JITFunction)
+INTERPRETED = not isinstance(triton_forward.moments, triton.JITFunction)
 
 
 def _launch(kernel, tensor: Tensor, grid: tuple, *args, **constants) -> None:
@@ -27,14 +35,28 @@ def _launch(kernel, tensor: Tensor, grid: tuple, *args, **constants) -> None:
         kernel[grid](*args, **constants)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of dense (N, C, H, W) along samples, channels and pixels."""
-    n, c, h, w = x.shape
-    return (c * h * w, 1, c) if is_channels_last(x) else (c * h * w, h * w, 1)
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _layout(x: Tensor) -> tuple[int, int, bool, int]:
+    """Channels and pixels of a sample of dense (N, C, H, W); whether channels lie side by side.
+
+    That number of the two that lies side by side is divided by the last that is returned, by which
+    the kernels multiply it again.
+    """
+    c, area = x.size(1), x.size(2) * x.size(3)
+    last = is_channels_last(x)
+    vector = math.gcd(c if last else area, VECTOR)
+    return (c // vector, area, last, vector) if last else (c, area // vector, last, vector)
 
 
 def _quarter(channels: int) -> int:
-    return min(CHANNELS, triton.next_power_of_2(triton.cdiv(channels, 4)))
+    return min(CHANNELS, _power_of_2(-(-channels // 4)))
+
+
+def _is_wide(*pixels: int) -> bool:
+    return max(pixels) >= 2**30
 
 
 def _threshold(p: float) -> int:
@@ -46,37 +68,44 @@ def draw_mask(x: Tensor, dropout_p: float) -> Tensor:
     return torch.randint(2**63 - 1, (1, ), device=x.device)
 
 
+def _window(geometry: Geometry) -> tuple[int, ...]:
+    left, _, top, _ = geometry.padding
+    return *geometry.kernel, *geometry.stride, left, top, *geometry.dilation
+
+
 def unit_moments(x: Tensor, geometry: Geometry, mask: Tensor | None, dropout_p: float,
                  factor: float, eps: float, exact: bool, with_undropped_mean: bool) -> Moments:
     """See :meth:`.Passes.unit_moments`. It is always exact."""
     n, c, h, w = x.shape
     ho, wo = geometry.output_size(h, w)
-    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.stride, geometry.dilation
-    left, _, top, _ = geometry.padding
     pixels, units = n * h * w, n * ho * wo
     undropped = with_undropped_mean and mask is not None
     maps = x.new_empty((3, n, h, w), dtype=torch.float64)
-    _launch(kernels.channel_sums, x, (triton.cdiv(pixels, PIXELS), ), x, maps, mask, pixels,
-            h * w, c, *_strides(x), _threshold(dropout_p),
-            1.0 if mask is None else 1 / (1 - dropout_p),
-            DROPOUT=mask is not None, P=PIXELS, C4=_quarter(c))
+    channels, area, last, vector = _layout(x)
+    quarter = _quarter(c)
+    block = TILE // quarter
+    _launch(triton_forward.channel_sums, x, (-(-pixels // block), ), x, maps, mask, pixels,
+            channels, area, _threshold(dropout_p), 1.0 if mask is None else 1 / (1 - dropout_p),
+            mask is not None, last, vector, _is_wide(pixels), block, quarter)
     mean = x.new_empty((n, ho, wo), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    live = x.new_empty((n, ho, wo), dtype=torch.bool)
+    rstd, live = torch.empty_like(mean), x.new_empty((n, ho, wo), dtype=torch.bool)
     undropped_mean = torch.empty_like(mean) if undropped else None
-    _launch(kernels.moments, x, (triton.cdiv(units, 128), ), maps, mean, rstd,
-            live.view(torch.int8), undropped_mean, pixels, h, w, units, ho, wo, kh, kw, sh, sw,
-            left, top, dh, dw, c * kh * kw, factor - 1, eps, UNDROPPED=undropped, P=128)
-    return Moments(mean, rstd, live, undropped_mean)
+    drift = torch.empty_like(mean) if undropped else None
+    kh, kw = geometry.kernel
+    _launch(triton_forward.moments, x, (-(-units // 128), ), maps, mean, rstd,
+            live.view(torch.int8), undropped_mean, drift, pixels, h, w, units, ho, wo,
+            *_window(geometry), c * kh * kw, factor - 1, eps, undropped, _is_wide(pixels, units),
+            128)
+    return Moments(mean, rstd, live, undropped_mean, drift)
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def _two(shifts: list[Shift]) -> tuple[list[Tensor | None], dict]:
+def _two(shifts: list[Shift]) -> list[Tensor | None]:
     flat = [t.contiguous() for pair in shifts for t in pair]
-    return flat + [None] * (4 - len(flat)), dict(FIRST=len(shifts) > 0, SECOND=len(shifts) > 1)
+    return flat + [None] * (4 - len(flat))
 
 
 def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -86,46 +115,104 @@ def normalize(z: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | 
     y = z if inplace else torch.empty_like(z)
     if residual is not None:
         residual = dense_like(residual, z)
-    shift_args, flags = _two(shifts)
-    block = min(OUTPUTS, triton.next_power_of_2(o))
-    _launch(kernels.normalize, z, (triton.cdiv(n * h * w, PIXELS), triton.cdiv(o, block)), z, y,
-            residual, scale, _dense(bias), *shift_args, n * h * w, h * w, o, *_strides(z),
-            BIAS=bias is not None, RESIDUAL=residual is not None, RELU=relu, P=PIXELS, B=block,
-            **flags)
+    size, most = BLOCK
+    block = min(most, _power_of_2(o))
+    units, many = n * h * w, size // block
+    channels, area, last, vector = _layout(z)
+    _launch(triton_forward.normalize, z, (-(-units // many), -(-o // block)), z, y, residual,
+            scale, _dense(bias), *_two(shifts), units, channels, area, bias is not None,
+            residual is not None, relu, len(shifts) > 0, len(shifts) > 1, last, vector,
+            _is_wide(units), many, block)
     return y
 
 
 def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum: Tensor,
-               bias: Tensor | None, shifts: list[Shift], need_x: bool) -> ScaledGrad:
-    """See :meth:`.Passes.scale_grad`. Nothing is gained by leaving ``need_x`` out."""
+               bias: Tensor | None, shifts: list[Shift], terms: MomentTerms | None) -> ScaledGrad:
+    """See :meth:`.Passes.scale_grad`."""
     n, o, h, w = grad.shape
     out = torch.empty_like(grad)
-    to_mean, to_var = grad.new_empty((2, n, h, w), dtype=torch.float32)
-    programs = triton.cdiv(n * h * w, PIXELS)
-    partial = grad.new_empty((programs, 2, o), dtype=torch.float32)
-    shift_args, flags = _two(shifts)
-    has_y = kept.y is not None
-    output = kept.y if has_y else grad if kept.z is None else kept.z  # grad: read in vain
+    need_x, has_y = terms is not None, kept.y is not None
+    constant = slope = unmasked = live = None
+    if need_x:
+        constant = torch.empty_like(mean, dtype=torch.float32)
+        slope, live = torch.empty_like(constant), terms.live.view(torch.int8)
+        unmasked = torch.empty_like(constant) if terms.unmasked else None
+    size, most = GRAD_BLOCK
+    block = min(most, _power_of_2(o))
+    units, many = n * h * w, size // block
+    programs = -(-units // many)
+    partial = grad.new_empty((programs, o, 2), dtype=torch.float32)
     residual = None if kept.residual is None else dense_like(kept.residual, grad)
-    _launch(kernels.scale_grad, grad, (programs, ), grad, output, residual,
-            out, mean, rstd, weight_sum, _dense(bias), *shift_args, to_mean,
-            to_var, partial, n * h * w, h * w, o, *_strides(grad), RELU=kept.relu, HAS_Y=has_y,
-            RESIDUAL=residual is not None, BIAS=bias is not None, P=PIXELS,
-            B=min(OUTPUTS, triton.next_power_of_2(o)), **flags)
-    of_mean, dbias = partial.sum(0)
-    return ScaledGrad(out, to_mean, to_var, of_mean, dbias.clone())
+    channels, area, last, vector = _layout(grad)
+    _launch(triton_backward.scale_grad, grad, (programs, ), grad, kept.y if has_y else kept.z,
+            residual, out, mean, rstd, live, weight_sum, _dense(bias), *_two(shifts), constant,
+            slope, unmasked, partial, units, channels, area,
+            *((-terms.q, terms.of_dvar, True, terms.masked, terms.unmasked) if need_x
+              else (0.0, 0.0, False, False, False)), kept.relu, has_y, residual is not None,
+            bias is not None, len(shifts) > 0, len(shifts) > 1, last, vector, _is_wide(units),
+            many, block)
+    of_mean = mean.new_empty(o, dtype=torch.float32)
+    dbias = torch.empty_like(of_mean)
+    _launch(triton_backward.add_partials, grad, (-(-o // 4), ), partial, of_mean, dbias, programs,
+            o, 256, 8)
+    return ScaledGrad(out, MomentGrads(constant, slope, unmasked) if need_x else None, of_mean,
+                      dbias)
 
 
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
                      dropout_p: float, grads: MomentGrads, rectified: bool) -> Tensor:
     """See :meth:`.Passes.add_moment_grads`."""
     n, c, h, w = x.shape
-    ho, wo = geometry.output_size(h, w)
-    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.stride, geometry.dilation
-    left, _, top, _ = geometry.padding
-    maps = torch.stack([m for m in grads if m is not None]).float()
-    _launch(kernels.add_moment_grads, x, (triton.cdiv(n * h * w, PIXELS), ), dx, x, maps, mask,
-            n * h * w, h, w, c, *_strides(x), n * ho * wo, ho, wo, kh, kw, sh, sw, left, top, dh,
-            dw, 1 / (c * kh * kw), _threshold(dropout_p), DROPOUT=mask is not None,
-            UNMASKED=grads.unmasked is not None, RECTIFIED=rectified, P=PIXELS, C4=_quarter(c))
+    kh, kw = geometry.kernel
+    pixels = n * h * w
+    channels, area, last, vector = _layout(x)
+    quarter = _quarter(c)
+    block = TILE // quarter
+    constant, slope, unmasked = (None if m is None else m.float().contiguous() for m in grads)
+    _launch(triton_backward.add_moment_grads, x, (-(-pixels // block), ), dx, x, constant, slope,
+            unmasked, mask, pixels, h, w, channels, area, *geometry.output_size(h, w),
+            *_window(geometry), 1 / (c * kh * kw), _threshold(dropout_p), mask is not None,
+            unmasked is not None, rectified, geometry.stride != (1, 1), last, vector,
+            _is_wide(pixels, constant.numel()), block, quarter)
     return dx
+
+
+def _swap(source: Tensor, target: Tensor) -> tuple[int, int, int, int, bool, int]:
+    """Filters of ``target`` (O, C, kh, kw), their size and its two factors, inner first.
+
+    Last, whether ``source`` has these swapped, and by what the size was divided.
+    """
+    o, c, kh, kw = target.shape
+    last = is_channels_last(target)
+    factors = (c, kh * kw) if last else (kh * kw, c)
+    vector = VECTOR if c * kh * kw % VECTOR == 0 else 1  # two variants are enough here
+    return o, c * kh * kw // vector, *factors, is_channels_last(source) != last, vector
+
+
+def prepare_weight(weight: Tensor, x: Tensor, centred: bool) -> tuple[Tensor, Tensor,
+                                                                     Tensor | None]:
+    """See :meth:`.Passes.prepare_weight`. A copy has the memory format of ``x``."""
+    is_half = accumulate_dtype(x.dtype) != x.dtype
+    weight, out = dense_like(weight, weight), None
+    if centred or is_half:
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        out = torch.empty_like(weight, dtype=x.dtype, memory_format=layout)
+    *sizes, swap, vector = _swap(weight, weight if out is None else out)
+    whole = weight.new_empty(sizes[0], dtype=torch.float32)
+    rounded = torch.empty_like(whole) if is_half else None
+    filters, block = WEIGHTS
+    _launch(triton_weights.prepare_weight, x, (-(-sizes[0] // filters), ), weight, out, whole,
+            rounded, *sizes, out is not None, centred, is_half, swap, vector, filters,
+            block)
+    return weight if out is None else out, whole, rounded
+
+
+def finish_weight_grad(grad: Tensor, of_mean: Tensor, weight: Tensor) -> Tensor:
+    """See :meth:`.Passes.finish_weight_grad`."""
+    grad, out = dense_like(grad, grad), torch.empty_like(dense_like(weight, weight))
+    *sizes, swap, vector = _swap(grad, out)
+    filters, block = WEIGHTS
+    blocks = -(-sizes[0] // filters), -(-sizes[1] * vector // block)
+    _launch(triton_weights.finish_weight_grad, grad, blocks, grad, of_mean, out, *sizes, swap,
+            vector, filters, block)
+    return out

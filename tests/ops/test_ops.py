@@ -11,6 +11,7 @@ from mmseg_kn.ops.passes import MomentGrads
 from mmseg_kn.ops.precision import accumulate_dtype
 
 triton_passes = pytest.importorskip('mmseg_kn.ops.triton_passes')
+triton_backward, triton_forward = triton_passes.triton_backward, triton_passes.triton_forward
 
 torch.backends.cudnn.allow_tf32 = False  # GPUs would round what is compared in float32
 IMPLS = ('reference', 'fused')
@@ -631,16 +632,17 @@ def test_triton_index_beyond_int32():
     mean, rstd = torch.empty(2, 2, device=DEVICE)
     live = torch.empty(2, dtype=torch.int8, device=DEVICE)
     # strides of 0: all units of a sample read its first pixel
-    triton_passes.kernels.moments[(1, )](
-        maps, mean, rstd, live, None, 2, 1, 1, 2, height, width, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0.0,
-        1e-5, UNDROPPED=False, P=128)
+    triton_forward.moments[(1, )](
+        maps, mean, rstd, live, None, None, 2, 1, 1, 2, height, width, 1, 1, 0, 0, 0, 0, 1, 1, 1,
+        0.0, 1e-5, UNDROPPED=False, WIDE=True, P=128)
     assert mean.tolist() == [2, 2] and live.tolist() == [1, 1]
 
     x = torch.tensor([10., 20., 30., 40.], device=DEVICE)
-    dx, maps = torch.zeros_like(x), torch.tensor([[0.] * 4, [1., 2., 3., 4.]], device=DEVICE)
-    triton_passes.kernels.add_moment_grads[(1, )](
-        dx, x, maps, None, 2, height, width, 1, 3, 1, 1, 4, 1, 2, 1, 1, 1, 1, 0, 0, 1, 1, 1.0, 0,
-        DROPOUT=False, UNMASKED=False, RECTIFIED=False, P=16, C4=1)
+    dx, constant, slope = torch.zeros_like(x), torch.zeros_like(x), torch.arange(1., 5).to(DEVICE)
+    triton_backward.add_moment_grads[(1, )](
+        dx, x, constant, slope, None, None, 2, height, width, 1, 3, 1, 2, 1, 1, 1, 1, 0, 0, 1, 1,
+        1.0, 0, DROPOUT=False, UNMASKED=False, RECTIFIED=False, STRIDED=False, LAST=False, V=1,
+        WIDE=True, P=16, C4=1)
     assert dx.tolist() == [10, 40, 0, 0]
 
 

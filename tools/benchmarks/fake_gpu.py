@@ -27,7 +27,7 @@ THREADS = 32  # of a warp
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel's name, its tensors by argument, and the compiled variant's source."""
+    """One launch: the kernel's name, its tensors by argument, and the variant's source."""
 
     kernel: str
     tensors: dict[str, Tensor]
@@ -195,17 +195,8 @@ def access_bits(variant) -> dict[str, set[int]]:
     return dict(found)
 
 
-class Loop(NamedTuple):
-    """The largest loop of a variant."""
-
-    instructions: int
-    shuffles: int
-    loaded_bits: int  # from global memory, by one thread in one round
-    stored_bits: int
-
-
-def largest_loop(variant) -> Loop:
-    """Read from the disassembly; a loop is what a branch back to a label encloses."""
+def largest_loop(variant) -> list[str]:
+    """The opcodes of a variant's largest loop: what a branch back to a label encloses."""
     code, labels, loops = [], {}, []
     for line in _tool('nvdisasm', variant.asm['cubin'], '-c').splitlines():
         if match := re.match(r'\s*(\.L_\w+):', line):
@@ -215,11 +206,17 @@ def largest_loop(variant) -> Loop:
             target = re.search(r'BRA\S*.*`\((\.L_\w+)\)', match[1])
             if target and labels.get(target[1], len(code)) < len(code) - 1:
                 loops.append(code[labels[target[1]]:])
-    body = [re.sub(r'^@!?U?P\w+\s+', '', line).split()[0] for line in max(loops, key=len)]
+    opcodes = [re.sub(r'^@!?U?P\w+\s+', '', line).split()[0] for line in max(loops, key=len)]
+    return [opcode for opcode in opcodes if opcode != 'NOP']
 
-    def bits(opcode: str) -> int:
-        return sum(next((int(n) for n in re.findall(r'\.[US]?(8|16|64|128)\b', op)), 32)
-                   for op in body if op.startswith(opcode))
 
-    return Loop(sum(op != 'NOP' for op in body), sum(op.startswith('SHFL') for op in body),
-                bits('LDG'), bits('STG'))
+def moved_bits(opcodes: list[str]) -> int:
+    """What these load from global memory, of one thread."""
+    return sum(next((int(n) for n in re.findall(r'\.[US]?(8|16|64|128)\b', opcode)), 32)
+               for opcode in opcodes if opcode.startswith('LDG'))
+
+
+def constants(variant) -> dict[str, object]:
+    """Of the constexpr arguments of a variant, and of those that are None."""
+    return {variant.src.fn.arg_names[path[0]]: value
+            for path, value in variant.src.constants.items()}

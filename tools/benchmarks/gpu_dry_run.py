@@ -43,8 +43,8 @@ from mmseg_kn.ops.geometry import make_geometry
 
 SIZES = [(512, 1024), (480, 480), (360, 480), (769, 769), (321, 643), (160, 160), (333, 500),
          (512, 512), (480, 854), (129, 257)]
-# With the argument whose bits a round of its loop over channels moves once
-LOOPS = dict(channel_sums='loaded', scale_grad='stored', add_moment_grads='stored')
+# Kernels with a loop over channels, and how many maps a round of it reads at least
+LOOPS = dict(channel_sums=1, scale_grad=2, add_moment_grads=2)
 MAPS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'kept_ptr', 'h_ptr'}
 TWICE = {'dx_ptr'}  # read and written
 
@@ -56,6 +56,8 @@ def parse_args() -> argparse.Namespace:
                         help='of the timing, 0 for none (%(default)s)')
     parser.add_argument('--channels', type=int, nargs='+', default=[256, 724],
                         help='of which the machine code is read (%(default)s)')
+    parser.add_argument('--depths', type=int, nargs='+', default=[18, 50],
+                        help='of the KNResNets whose variants are counted (%(default)s)')
     parser.add_argument('--list', action='store_true', help='print every launch of a step')
     parser.add_argument('--out', help='CSV to write')
     return parser.parse_args()
@@ -139,12 +141,15 @@ def count_variants(depth: int):
 
 
 def read_machine_code(channels: int):
-    spills, narrowest = 0, {}
+    spills, narrowest, seen = 0, {}, set()
     for case, activation in (('', 'relu'), (' + residual', None)):
         for kernel in triton_passes.KERNELS:
             kernel.device_caches.clear()
         kn_step(channels, activation=activation)()
         for variant in fake_gpu.compiled_variants(*triton_passes.KERNELS):
+            if variant.hash in seen:
+                continue
+            seen.add(variant.hash)
             name, label = variant.src.fn.__name__, f'{channels} channels{case}'
             registers, stack = fake_gpu.resources(variant)
             spills += stack
@@ -154,10 +159,15 @@ def read_machine_code(channels: int):
             if bits:
                 narrowest[name] = min([*bits, narrowest.get(name, 128)])
             if name in LOOPS:
-                loop = fake_gpu.largest_loop(variant)
-                elements = getattr(loop, f'{LOOPS[name]}_bits') / 16
-                yield f'instructions_{name}', label, f'{loop.instructions / elements:.1f}'
-                yield f'shuffles_{name}', label, f'{loop.shuffles / elements:.2f}'
+                loop, constants = fake_gpu.largest_loop(variant), fake_gpu.constants(variant)
+                elements = constants['P'] * (constants['B'] if 'B' in constants
+                                             else 4 * constants['C4'])
+                elements //= fake_gpu.THREADS * variant.metadata.num_warps
+                # a round is not unrolled, and is the one that is meant
+                assert 1 <= fake_gpu.moved_bits(loop) / (16 * elements * LOOPS[name]) < 4
+                yield f'instructions_{name}', label, f'{len(loop) / elements:.1f}'
+                shuffles = sum(opcode.startswith('SHFL') for opcode in loop)
+                yield f'shuffles_{name}', label, f'{shuffles / elements:.2f}'
     for name, bits in narrowest.items():
         yield f'min_load_bits_{channels}', name, bits
     yield 'spills', f'{channels} channels', spills
@@ -198,7 +208,7 @@ def main() -> None:
     args = parse_args()
     driver = fake_gpu.install()
     torch.set_num_threads(1)
-    parts = [count_layer(driver, args.list), count_variants(18), count_variants(50),
+    parts = [count_layer(driver, args.list), *map(count_variants, args.depths),
              *map(read_machine_code, args.channels)]
     if args.rounds:
         parts.append(time_host(args.rounds))
