@@ -180,6 +180,8 @@ def pixel_norm(passes: Passes, x: Tensor, mask: Tensor | None, options: Options,
     setting = options.setting(x)
     mean, rstd, live = passes.unit_moments(x, options.geometry, mask, options.dropout_p,
                                            setting.factor, eps, setting.exact, False)[:3]
+    if one_pass := getattr(passes, 'normalize_pixels', None):
+        return one_pass(x, mean, rstd, relu), Moments(mean, rstd, live, None)
     acc = accumulate_dtype(x.dtype)
     mean, rstd = mean.to(acc), rstd.to(acc)
     y = torch.sub(x, mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
@@ -195,10 +197,12 @@ def pixel_norm_backward(passes: Passes, grad: Tensor, x: Tensor, mask: Tensor | 
     """
     setting, (mean, rstd, live) = options.setting(x), moments[:3]
     grad = dense_like(grad, x)
+    terms = MomentTerms(live, _q(options), setting.factor, True, False)
+    if one_pass := getattr(passes, 'normalize_pixels_backward', None):
+        return one_pass(grad, x, mask, options.dropout_p, mean, rstd, terms, y is not None)
     if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     z = torch.sub(x, mean.unsqueeze(1))
-    terms = MomentTerms(live, _q(options), setting.factor, True, False)
     scaled = passes.scale_grad(grad, Kept(z=z), mean, rstd, mean.new_ones(x.size(1)), None, [],
                                terms)
     return passes.add_moment_grads(scaled.h, x, options.geometry, mask, options.dropout_p,

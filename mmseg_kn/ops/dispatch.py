@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import fused
 from .geometry import make_geometry
@@ -84,7 +85,16 @@ def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | Non
         return None
     if device.type != 'cuda' or torch.version.hip:
         return f'it needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), got {device}'
-    capability = torch.cuda.get_device_capability(device)
+    with unset_fake_temporarily():  # fake tensors ask as well, and the answer is kept
+        return _try_on(device, dtype)
+
+
+def _try_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    from . import triton_passes
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:  # of a fake tensor, whose GPU is not here
+        return f'there is no {device} ({error})'
     if capability < (8, 0):
         return f'it needs compute capability 8.0, got {capability[0]}.{capability[1]}'
     if torch.cuda.is_current_stream_capturing():  # which a trial launch could break

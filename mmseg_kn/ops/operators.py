@@ -7,6 +7,7 @@ operator's outputs must be fresh tensors, never None: what a call does not keep 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import closed_form
 from .autograd import KNConv2dFunction, PixelNormFunction, UnitMomentsFunction, without_autocast
@@ -200,10 +201,13 @@ _unit_moments.register_autograd(_unit_moments_grads, setup_context=_save_unit_mo
 def _way(impl: str, *tensors: Tensor | None) -> str:
     """How to call: by ``'operators'`` under a compiler, by ``'autograd'``, or as ``'plain'``.
 
-    A compiler cannot look into an autograd.Function, nor into the launch of a kernel. Where no
+    A compiler cannot look into an autograd.Function, nor into the launch of a kernel, nor can fake
+    tensors, which have no memory, be passed to one. Where no
     gradient is wanted the plain operations are taken, which exporters and FLOP counters can look
     into.
     """
+    if impl == 'triton' and isinstance(tensors[0], FakeTensor):  # a kernel would read nowhere
+        return 'operators'
     differentiates = torch.is_grad_enabled() and not exports() and any(
         t is not None and t.requires_grad for t in tensors)
     if torch.compiler.is_compiling() and (differentiates or impl == 'triton'):
@@ -254,6 +258,8 @@ def kernel_norm2d(input: Tensor, geometry: Geometry, dropout_p: float, training:
     way = _way(impl, x)
     if is_pixel and way == 'autograd':
         return PixelNormFunction.apply(x, mask, options, eps, relu, impl)
+    if is_pixel and way == 'plain' and impl == 'triton':
+        return closed_form.pixel_norm(passes, x, mask, options, eps, relu)[0]
     if way == 'operators':
         mean, rstd, _ = _unit_moments(x, mask, geometry.kernel, geometry.stride, dropout_p,
                                       training, eps, impl)

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
 class Shift(NamedTuple):
     """One product that is subtracted from the convolution's output: z -= of_channel * of_unit."""
 
-    of_channel: Tensor  # (O,)
+    of_channel: Tensor | None  # (O,); None, of kernels only, stands for ones
     of_unit: Tensor  # (N, Ho, Wo)
 
 
@@ -94,6 +94,8 @@ class ScaledGrad(NamedTuple):
 
 class Passes(Protocol):
     """What an implementation offers.
+
+    It may have ``normalize_pixels`` and its backward as well, for the norm whose units are pixels.
 
     ``mask`` is what it keeps of one draw of dropout, None where there is none. Only the
     implementation that drew it can read it: one keeps the places of the dropped elements, the

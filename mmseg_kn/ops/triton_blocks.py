@@ -59,9 +59,9 @@ def random4(seed, pixel, first, C, like, C4: tl.constexpr):
     same for every layout, dtype and block size. As of Triton's own, but with products of 64 bits,
     which are one instruction where their two halves are two.
 
-    ``like`` (pixels, C4) comes from a load, as what the tiles are for does. Threads own elements of
-    a tile as they do in what it comes from: else every tile would go through shared memory. What
-    is added of ``like`` is 0, and costs nothing in machine code.
+    ``like`` (pixels, C4) comes from a load, as what the tiles are for does. Threads own elements
+    of a tile as they do in what it comes from: else every tile would go through shared memory.
+    What is added of ``like`` is 0, and costs nothing in machine code.
     """
     per_pixel = tl.cdiv(C, 4 * C4) * C4
     counter = pixel.to(tl.int64)[:, None] * per_pixel + (first // 4 + tl.arange(0, C4))[None, :]

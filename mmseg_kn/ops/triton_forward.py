@@ -116,8 +116,10 @@ def moments(maps_ptr, mean_ptr, rstd_ptr, live_ptr, undropped_ptr, drift_ptr, pi
 
 @triton.jit
 def shifted(z, s_ptr, t_ptr, channel, mask, u, v, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """z - s * u - t * v, each where it is given."""
-    if FIRST:
+    """z - s * u - t * v, each where it is given; without ``s_ptr`` s is 1."""
+    if FIRST and s_ptr is None:
+        z -= u[:, None]
+    elif FIRST:
         z -= tl.load(s_ptr + channel, mask, other=0.0)[None, :] * u[:, None]
     if SECOND:
         z -= tl.load(t_ptr + channel, mask, other=0.0)[None, :] * v[:, None]

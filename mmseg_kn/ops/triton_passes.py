@@ -5,7 +5,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_backward, triton_forward, triton_weights
+from . import triton_backward, triton_forward, triton_pixels, triton_weights
 from .geometry import Geometry
 from .memory_format import dense_like, is_channels_last
 from .passes import Kept, MomentGrads, Moments, MomentTerms, ScaledGrad, Shift
@@ -14,13 +14,14 @@ from .precision import accumulate_dtype
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
 TILE = 512  # elements of such a tile: four for each thread
 BLOCK = (1024, 64)  # elements of a block of `normalize`, and channels at most
-GRAD_BLOCK = (2048, 64)  # ... of `scale_grad`
+# ... of `scale_grad`; half of that where each element has an address of its own, in registers
+GRAD_BLOCK = (2048, 64)
 WEIGHTS = (4, 512)  # filters of a program, and their elements at once
 VECTOR = 8  # elements that a thread loads at once at most: 128 bits of half precision
 KERNELS = (triton_forward.channel_sums, triton_forward.moments, triton_forward.normalize,
            triton_backward.scale_grad, triton_backward.add_partials,
-           triton_backward.add_moment_grads, triton_weights.prepare_weight,
-           triton_weights.finish_weight_grad)
+           triton_backward.add_moment_grads, triton_pixels.pixel_grad,
+           triton_weights.prepare_weight, triton_weights.finish_weight_grad)
 TOO_OLD = tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3)  # knows no tuples
 INTERPRETED = not isinstance(triton_forward.moments, triton.JITFunction)
 
@@ -99,12 +100,12 @@ def unit_moments(x: Tensor, geometry: Geometry, mask: Tensor | None, dropout_p: 
     return Moments(mean, rstd, live, undropped_mean, drift)
 
 
-def _dense(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _two(shifts: list[Shift]) -> list[Tensor | None]:
-    flat = [t.contiguous() for pair in shifts for t in pair]
+    flat = [_dense(t) for pair in shifts for t in pair]
     return flat + [None] * (4 - len(flat))
 
 
@@ -137,13 +138,13 @@ def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum:
         constant = torch.empty_like(mean, dtype=torch.float32)
         slope, live = torch.empty_like(constant), terms.live.view(torch.int8)
         unmasked = torch.empty_like(constant) if terms.unmasked else None
-    size, most = GRAD_BLOCK
+    channels, area, last, vector = _layout(grad)
+    size, most = GRAD_BLOCK if vector > 1 else (GRAD_BLOCK[0] // 2, GRAD_BLOCK[1])
     block = min(most, _power_of_2(o))
     units, many = n * h * w, size // block
     programs = -(-units // many)
     partial = grad.new_empty((programs, o, 2), dtype=torch.float32)
     residual = None if kept.residual is None else dense_like(kept.residual, grad)
-    channels, area, last, vector = _layout(grad)
     _launch(triton_backward.scale_grad, grad, (programs, ), grad, kept.y if has_y else kept.z,
             residual, out, mean, rstd, live, weight_sum, _dense(bias), *_two(shifts), constant,
             slope, unmasked, partial, units, channels, area,
@@ -174,6 +175,26 @@ def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | N
             *_window(geometry), 1 / (c * kh * kw), _threshold(dropout_p), mask is not None,
             unmasked is not None, rectified, geometry.stride != (1, 1), last, vector,
             _is_wide(pixels, constant.numel()), block, quarter)
+    return dx
+
+
+def normalize_pixels(x: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> Tensor:
+    """(x - mean) * rstd of every pixel of x (N, C, H, W), or its relu."""
+    return normalize(x, rstd, None, None, [Shift(None, mean)], relu, False)
+
+
+def normalize_pixels_backward(grad: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float,
+                              mean: Tensor, rstd: Tensor, terms: MomentTerms,
+                              relu: bool) -> Tensor:
+    """dx of :func:`normalize_pixels` from dL/dy (N, C, H, W), through mean and rstd as well."""
+    n, c, h, w = x.shape
+    dx, pixels, quarter = torch.empty_like(x), n * h * w, _quarter(c)
+    channels, area, last, vector = _layout(x)
+    block = TILE // quarter
+    _launch(triton_pixels.pixel_grad, x, (-(-pixels // block), ), dx, grad, x, mean, rstd,
+            terms.live.view(torch.int8), mask, pixels, channels, area, -terms.q / c,
+            terms.of_dvar / c, _threshold(dropout_p), mask is not None, relu, last, vector,
+            _is_wide(pixels), block, quarter)
     return dx
 
 

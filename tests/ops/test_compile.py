@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mmseg_kn import KNConv2d, KNResNet
+from mmseg_kn import KernelNorm2d, KNConv2d, KNResNet
 from mmseg_kn.ops import fused, operators
 
 DYNAMIC = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
@@ -61,6 +62,30 @@ def test_torch_compile_evaluates_the_same_at_every_size():
             x = torch.rand(1, 3, *size)
             for a, b in zip(compiled(x), net(x), strict=True):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_fake_tensors_launch_no_kernel(monkeypatch):
+    """Of which a kernel would read memory that is not there, with gradients or without."""
+    triton_passes = pytest.importorskip('mmseg_kn.ops.triton_passes')
+
+    def launch(*_, **__):
+        raise AssertionError('a kernel was launched')
+
+    monkeypatch.setattr(triton_passes, '_launch', launch)
+    conv = KNConv2d(3, 8, 3, padding=(1, 0, 1, 0), activation='relu', impl='triton')
+    norm = KernelNorm2d(8, impl='triton')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        conv, norm = conv.to(device), norm.to(device)
+        x = torch.rand(2, 3, 9, 8, device=device)
+        for grad in (False, True):
+            for training in (False, True):
+                conv.train(training), norm.train(training)
+                with torch.set_grad_enabled(grad):
+                    y = norm(conv(x))
+                assert isinstance(y, FakeTensor) and y.shape == (2, 8, 8, 7)
+                assert y.requires_grad == grad
+        y.sum().backward()
 
 
 def test_opcheck():

@@ -2,6 +2,7 @@ import golden
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from mmseg_kn.ops import chosen_impl, cpu_chunks, dispatch, fused, kernel_norm2d, kn_conv2d
@@ -585,6 +586,39 @@ def test_kernel_norm2d_equals_reference(impl, dtype, channels_last):
             assert a.dtype == dtype and relative_error(a, e) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('activation', [None, 'relu'])
+@pytest.mark.parametrize('impl', PASSES)
+def test_kernel_norm2d_with_dropout_by_definition(impl, activation, channels_last, monkeypatch):
+    passes, drawn = PASSES[impl], []
+    draw = passes.draw_mask
+    monkeypatch.setattr(passes, 'draw_mask',
+                        lambda x, p: drawn.append(draw(x, p)) or drawn[-1])
+    for channels in (3, 70):
+        x = make_case(channels=channels, dtype=torch.float32, size=(5, 4),
+                      device=DEVICE if impl == 'triton' else 'cpu')[0][0].detach() + 2
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+
+        def run_norm(x, impl):
+            x = x.detach().requires_grad_()
+            y = kernel_norm2d(x, dropout_p=0.3, training=True, activation=activation, impl=impl)
+            y.backward(golden.signal(y.shape, seed=1).to(y))
+            return y.detach(), x.grad
+
+        actual = run_norm(x, impl)
+        scale = kept_elements(passes, x, drawn.pop(), 0.3).double() / 0.7
+        monkeypatch.setattr(F, 'dropout', lambda input, p, scale=scale: input * scale)
+        for a, e in zip(actual, run_norm(x.double(), 'reference'), strict=True):
+            assert relative_error(a, e) < 2e-6
+        with torch.no_grad():  # takes another way
+            torch.manual_seed(0)
+            y = kernel_norm2d(x, dropout_p=0.3, activation=activation, impl=impl)
+        expected = kernel_norm2d(x.double(), dropout_p=0.3, activation=activation,
+                                 impl='reference')
+        assert relative_error(y, expected) < 2e-6
+
+
 @pytest.mark.parametrize('impl', PASSES)
 def test_an_outlier_does_not_bring_back_the_cancellation(impl):
     inputs, _ = make_case(kernel=1, channels=2048, size=(3, 2), dtype=torch.float32,
@@ -745,6 +779,24 @@ def test_only_a_definite_obstacle_is_remembered(monkeypatch):
             assert 'C compiler' in dispatch._triton_obstacle(device, torch.float16)
     finally:
         dispatch._find_triton_obstacle.cache_clear()
+
+
+def test_the_trial_is_real_where_tensors_are_fake(monkeypatch):
+    """Else it would fail, and 'fused' be remembered for the tensors that follow."""
+    tried, zeros = [], torch.zeros
+    monkeypatch.setattr(triton_passes, 'INTERPRETED', False)
+    monkeypatch.setattr(triton_passes, 'unit_moments', lambda x, *_: tried.append(type(x)))
+    monkeypatch.setattr(torch.version, 'hip', None)
+    monkeypatch.setattr(torch, 'zeros', lambda *size, device, dtype: zeros(size))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    dispatch._find_triton_obstacle.cache_clear()
+    try:
+        with FakeTensorMode():
+            assert chosen_impl(torch.empty(1, 3, 2, 2, device='cuda')) == 'triton'
+    finally:
+        dispatch._find_triton_obstacle.cache_clear()
+    assert tried == [torch.Tensor]
 
 
 def test_default_device_does_not_matter():

@@ -10,7 +10,7 @@ Rows are metric, case, value:
 
     launches_layer_step     kernels and torch operations that run something on the GPU, in a
                             training step of KNConv + ReLU, 256 -> 256 channels, 2x2; one that ends
-                            in a residual; conv_bn is convolution + BatchNorm + ReLU
+                            in a residual; KernelNorm2d; conv_bn is convolution + BatchNorm + ReLU
     operations_layer_step   the same with torch's views and allocations, which cost the host time
     mib_layer_step          what these read and write for a map of 2 x 256 x 128 x 256
     variants_one_size       kernels that a training of a network compiles
@@ -44,7 +44,7 @@ from mmseg_kn.ops.geometry import make_geometry
 SIZES = [(512, 1024), (480, 480), (360, 480), (769, 769), (321, 643), (160, 160), (333, 500),
          (512, 512), (480, 854), (129, 257)]
 # Kernels with a loop over channels, and how many maps a round of it reads at least
-LOOPS = dict(channel_sums=1, scale_grad=2, add_moment_grads=2)
+LOOPS = dict(channel_sums=1, scale_grad=2, add_moment_grads=2, pixel_grad=2)
 MAPS = {'x_ptr', 'dx_ptr', 'z_ptr', 'y_ptr', 'residual_ptr', 'grad_ptr', 'kept_ptr', 'h_ptr'}
 TWICE = {'dx_ptr'}  # read and written
 
@@ -88,6 +88,19 @@ def kn_step(channels: int, dtype: torch.dtype = torch.bfloat16, activation: str 
     return step
 
 
+def norm_step(channels: int):
+    """As :func:`kn_step`, of KernelNorm2d and its relu."""
+    x, grad = meta(2, channels, 128, 256), meta(2, channels, 128, 256)
+    norm = mmseg_kn.KernelNorm2d(channels, impl='triton', activation='relu')
+
+    def step():
+        with fake_gpu.Operations() as operations:
+            torch.autograd.grad(norm(x), x, grad)
+        return operations
+
+    return step
+
+
 def conv_bn_step(channels: int, dtype: torch.dtype = torch.bfloat16):
     x, grad = meta(2, channels, 128, 256, dtype=dtype), meta(2, channels, 129, 257, dtype=dtype)
     weight = meta(channels, channels, 2, 2, dtype=torch.float32)
@@ -107,6 +120,7 @@ def conv_bn_step(channels: int, dtype: torch.dtype = torch.bfloat16):
 def count_layer(driver: fake_gpu.FakeDriver, show: bool):
     for case, step in (('bfloat16', kn_step(256)), ('float32', kn_step(256, torch.float32)),
                        ('bfloat16 + residual', kn_step(256, activation=None)),
+                       ('KernelNorm2d + ReLU', norm_step(256)),
                        ('bfloat16, conv_bn', conv_bn_step(256)),
                        ('float32, conv_bn', conv_bn_step(256, torch.float32))):
         driver.launches.clear()
@@ -146,6 +160,7 @@ def read_machine_code(channels: int):
         for kernel in triton_passes.KERNELS:
             kernel.device_caches.clear()
         kn_step(channels, activation=activation)()
+        norm_step(channels)()
         for variant in fake_gpu.compiled_variants(*triton_passes.KERNELS):
             if variant.hash in seen:
                 continue
