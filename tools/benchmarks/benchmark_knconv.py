@@ -6,11 +6,14 @@ ASPP head. Written as CSV: medians and 20 / 80 % quantiles of every row, with de
 
 Beside each time stand two floors: the multiply-adds of the convolutions over the rate of a large
 1x1 convolution, and the bytes that the row must move at least over the bandwidth of a large copy,
-both measured at the start of the run.
+both measured at the start of the run. On a GPU the work of a call waits until all of it is
+launched, so that a time is the device's alone; the host's time of the launches has a column of its
+own. cuDNN chooses its algorithms by trial, as in the configs.
 
     python tools/benchmarks/benchmark_knconv.py --out knconv.csv
 """
 import argparse
+import functools
 import math
 import statistics
 import time
@@ -69,6 +72,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'],
                         help='float32 on a CPU, bfloat16 on a GPU unless given')
+    parser.add_argument('--amp', action='store_true',
+                        help='float32 weights under autocast, as a training with AMP has them')
     parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction,
                         help='memory format; on a GPU unless --no-channels-last')
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 2])
@@ -81,8 +86,10 @@ def parse_args() -> argparse.Namespace:
     args.device = torch.device(args.device)
     if args.rounds < 3:
         parser.error(f'--rounds must be at least 3, got {args.rounds}')
-    args.dtype = getattr(torch, args.dtype or ('bfloat16' if args.device.type == 'cuda'
-                                               else 'float32'))
+    args.dtype = getattr(torch, args.dtype or ('bfloat16' if args.amp
+                                               or args.device.type == 'cuda' else 'float32'))
+    if args.amp and args.dtype == torch.float32:
+        parser.error('--amp computes in half precision; leave out --dtype float32')
     if args.channels_last is None:
         args.channels_last = args.device.type == 'cuda'
     return args
@@ -111,26 +118,34 @@ def build_rows(shape: tuple, dropout_p: float = 0.05) -> dict[str, nn.Module]:
     }
 
 
+# Cycles that a GPU sleeps before a call: some 12 ms, longer than the host launches it
+LEAD = 2 * 10**7
+
+
 class Timer:
-    """Milliseconds of a call, and its peak memory on a GPU (MiB above what was there)."""
+    """Milliseconds of a call; on a GPU its peak memory (MiB above what was there), and the host's.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def __call__(self, call) -> tuple[float, float]:
+    def __call__(self, call) -> tuple[float, float, float]:
         if self.device.type != 'cuda':
             start = time.perf_counter()
             call()
-            return (time.perf_counter() - start) * 1e3, math.nan
+            return (time.perf_counter() - start) * 1e3, math.nan, math.nan
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        torch.cuda._sleep(LEAD)
         events[0].record()
+        start = time.perf_counter()
         call()
+        host = (time.perf_counter() - start) * 1e3
         events[1].record()
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        return events[0].elapsed_time(events[1]), peak / 2**20
+        return events[0].elapsed_time(events[1]), peak / 2**20, host
 
 
 def measure_peaks(args: argparse.Namespace) -> tuple[float, float]:
@@ -176,22 +191,26 @@ def floors(shape: tuple, batch: int, row: str, mode: str, peaks: tuple, itemsize
 
 
 def measure(shape: tuple, batch: int, args: argparse.Namespace) -> dict:
-    """(row, mode) -> list of (milliseconds, MiB), and (row, 'saved') -> bytes."""
+    """(row, mode) -> list of what :class:`Timer` returns, and (row, 'saved') -> bytes."""
     torch.manual_seed(0)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     x = torch.rand(batch, shape[0], *shape[5:], device=args.device, dtype=args.dtype)
     x = (x - 0.5).relu().contiguous(memory_format=layout).requires_grad_(needs_gradient(shape))
-    rows = {name: layer.to(args.device, args.dtype, memory_format=layout)
+    weights = torch.float32 if args.amp else args.dtype
+    rows = {name: layer.to(args.device, weights, memory_format=layout)
             for name, layer in build_rows(shape).items() if name not in args.skip}
-    with torch.no_grad():
+    autocast = functools.partial(torch.autocast, args.device.type, args.dtype, enabled=args.amp)
+    with torch.no_grad(), autocast():
         grad = torch.randn_like(next(iter(rows.values()))(x))
     timer, results = Timer(args.device), {}
 
     def train(layer):
-        layer(x).backward(grad)
+        with autocast():
+            y = layer(x)
+        y.backward(grad)
 
     def forward(layer):
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             layer(x)
 
     for mode, call, training in (('train', train, True), ('forward', forward, True),
@@ -207,14 +226,16 @@ def measure(shape: tuple, batch: int, args: argparse.Namespace) -> dict:
                 layer.zero_grad(set_to_none=True)
                 if i >= 2:
                     results.setdefault((name, mode), []).append(sample)
-    for name, layer in rows.items():
-        results[name, 'saved'] = saved_bytes(layer.train(), x)
+    with autocast():
+        for name, layer in rows.items():
+            results[name, 'saved'] = saved_bytes(layer.train(), x)
     return results
 
 
 def describe(args: argparse.Namespace) -> dict[str, str]:
     probe = torch.empty(1, 1, 1, 1, device=args.device, dtype=args.dtype)
-    return dict(device=device_name(args.device), dtype=str(args.dtype).removeprefix('torch.'),
+    dtype = str(args.dtype).removeprefix('torch.') + (' AMP' if args.amp else '')
+    return dict(device=device_name(args.device), dtype=dtype,
                 layout='channels_last' if args.channels_last else 'channels_first',
                 impl=chosen_impl(probe), **versions())
 
@@ -241,6 +262,7 @@ def median(samples) -> float:
 
 def main() -> None:
     args = parse_args()
+    torch.backends.cudnn.benchmark = True
     setting = describe(args)
     print(', '.join(f'{k}: {v}' for k, v in setting.items()))
     peaks = measure_peaks(args)
@@ -260,6 +282,8 @@ def main() -> None:
                 table.append(dict(
                     **setting, shape=name, batch=batch, row=row, mode=mode,
                     **spread([s[0] for s in samples], 3),
+                    host_ms='' if math.isnan(samples[0][2]) else (
+                        f'{statistics.median(s[2] for s in samples):.3f}'),
                     peak_mib='' if math.isnan(samples[0][1]) else f'{samples[0][1]:.1f}',
                     saved_mib=f'{results[row, "saved"] / 2**20:.2f}',
                     compute_floor_ms='' if compute is None else f'{compute:.3f}',

@@ -27,11 +27,21 @@ THREADS = 32  # of a warp
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel's name, its tensors by argument, and the variant's source."""
+    """One launch of a variant."""
 
-    kernel: str
-    tensors: dict[str, Tensor]
     source: object
+    values: tuple  # of its arguments, last
+
+    @property
+    def kernel(self) -> str:
+        return self.source.fn.__name__
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By argument."""
+        names = self.source.fn.arg_names
+        return {name: value for name, value in zip(names, self.values[-len(names):], strict=True)
+                if isinstance(value, Tensor)}
 
 
 class _Utils:
@@ -51,21 +61,17 @@ class _Utils:
 
 
 class FakeDriver:
-    """``launches`` is the list of what was launched since it was last cleared."""
+    """``launches`` is the list of what was launched since it was last cleared, None for none."""
 
     utils = _Utils()
 
     def __init__(self) -> None:
-        self.launches: list[Launch] = []
+        self.launches: list[Launch] | None = []
 
     def launcher_cls(self, source, metadata):
-        names = list(source.fn.arg_names)
-
         def launch(*args):
-            values = args[len(args) - len(names):]
-            self.launches.append(Launch(source.fn.__name__, {
-                name: value for name, value in zip(names, values, strict=True)
-                if isinstance(value, Tensor)}, source))
+            if self.launches is not None:
+                self.launches.append(Launch(source, args))
 
         return launch
 
