@@ -32,7 +32,7 @@ from torch import Tensor
 from .geometry import Geometry, pad
 from .memory_format import dense_like
 from .passes import Kept, MomentGrads, Moments, MomentTerms, Passes, Shift
-from .precision import Setting, accumulate_dtype
+from .precision import Setting, accumulate_dtype, unrounded_convolution
 
 
 class Options(NamedTuple):
@@ -121,8 +121,9 @@ def forward(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None,
     moments = passes.unit_moments(x, geometry, mask, options.dropout_p, setting.factor, eps,
                                   setting.exact, setting.needs_undropped_mean)
     kernel = _Kernel(*passes.prepare_weight(weight, x, setting.is_centred))
-    z = F.conv2d(x, kernel.weight, None, geometry.stride, geometry.symmetric_padding,
-                 geometry.dilation, options.groups)
+    with unrounded_convolution(x, setting):
+        z = F.conv2d(x, kernel.weight, None, geometry.stride, geometry.symmetric_padding,
+                     geometry.dilation, options.groups)
     # Under dropout a constant unit differs from its mean, unless the constant is 0.
     dead = setting.exact and not setting.has_dropout
     scale = moments.rstd * moments.live if dead else moments.rstd
@@ -153,9 +154,10 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     h = scaled.h
 
     def conv_backward(need_x, need_weight):
-        return torch.ops.aten.convolution_backward(
-            h, x, kernel.weight, None, geometry.stride, geometry.symmetric_padding,
-            geometry.dilation, False, (0, 0), options.groups, (need_x, need_weight, False))[:2]
+        with unrounded_convolution(x, setting):
+            return torch.ops.aten.convolution_backward(
+                h, x, kernel.weight, None, geometry.stride, geometry.symmetric_padding,
+                geometry.dilation, False, (0, 0), options.groups, (need_x, need_weight, False))[:2]
 
     if has_dead and need_weight:
         dx = conv_backward(True, False)[0] if need_x else None

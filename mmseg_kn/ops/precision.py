@@ -1,4 +1,7 @@
 """The dtype that sums are taken in, and every threshold below which rounding would show."""
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,8 @@ SMALL_DROPOUT = 1e-2
 RARE = 1e-5
 # So does the expectation over dropout, if it raises the second moment by this factor.
 NOISY_FACTOR = 1.01
+
+_NOTHING = nullcontext()
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,6 +39,8 @@ class Setting:
         is_centred: Whether the convolution takes the weight less its mean, which takes the mean
             of the unit away by itself: mean = conv(x, 1 / K). In float32 this is left out where
             dropout's noise bounds abs(mean) * rstd, to about 1 / sqrt(dropout_p).
+        cancels: Whether the convolution's output, less the mean of the unit, may be far smaller
+            than the output: then its operands must not be rounded.
         needs_undropped_mean: Whether the mean of the input itself is needed beside that of the
             dropped copy.
     """
@@ -47,6 +54,34 @@ class Setting:
         noisy = (1 - dropout_p)**unit < RARE if training else self.factor > NOISY_FACTOR
         self.exact = not noisy or x.dtype == torch.float64
         self.is_half = accumulate_dtype(x.dtype) != x.dtype
-        self.is_centred = groups == 1 and (
-            self.is_half or not self.has_dropout or dropout_p < SMALL_DROPOUT)
+        self.cancels = not self.has_dropout or dropout_p < SMALL_DROPOUT
+        self.is_centred = groups == 1 and (self.is_half or self.cancels)
         self.needs_undropped_mean = self.has_dropout and (self.is_half or self.is_centred)
+
+
+def _may_use_tf32(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    # torch 2.9 has a flag for convolutions alone; to read the older one as well is an error there.
+    flags, name, full = ((torch.backends.cudnn.conv, 'fp32_precision', 'ieee')
+                         if hasattr(torch.backends.cudnn, 'conv')
+                         else (torch.backends.cudnn, 'allow_tf32', False))
+    before = getattr(flags, name)
+    setattr(flags, name, full)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
+def unrounded_convolution(x: Tensor, setting: Setting) -> AbstractContextManager[None]:
+    """A context in which convolutions of x take no TF32 where ``setting.cancels``.
+
+    By default cuDNN rounds float32 operands to the 10 bits of TF32's mantissa. A plain convolution
+    loses 3e-4 by that. One whose mean is then subtracted loses as much of the mean, and on a
+    bright, flat image (1 +- 0.01) 3e-2 of what remains.
+    """
+    return _without_tf32() if setting.cancels and _may_use_tf32(x) else _NOTHING
