@@ -48,10 +48,29 @@ def _to_contiguous(module, args, logits: Tensor) -> Tensor:
 
 @HOOKS.register_module()
 class ChannelsLastHook(Hook):
-    """:func:`use_channels_last` for a whole training or test."""
+    """:func:`use_channels_last` for a whole training or test.
+
+    Args:
+        device: A type of device, as ``'cuda'``: nothing is changed where the model is on another.
+            None for every device.
+
+    Raises:
+        ValueError: torch knows no such type of device.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        try:
+            self.device = None if device is None else torch.device(device).type
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device must be a type of torch's devices, got {device!r}; "
+                             "use 'cuda', 'cpu' or None") from None
+        self.handle = Handles()
 
     def before_run(self, runner) -> None:
-        self.handle = use_channels_last(unwrap(runner.model))
+        model = unwrap(runner.model)
+        parameter = next(model.parameters(), None)
+        if self.device is None or parameter is None or parameter.device.type == self.device:
+            self.handle = use_channels_last(model)
 
     def after_run(self, runner) -> None:
         self.handle.remove()

@@ -182,13 +182,9 @@ def pixel_norm(passes: Passes, x: Tensor, mask: Tensor | None, options: Options,
     setting = options.setting(x)
     mean, rstd, live = passes.unit_moments(x, options.geometry, mask, options.dropout_p,
                                            setting.factor, eps, setting.exact, False)[:3]
-    if one_pass := getattr(passes, 'normalize_pixels', None):
-        return one_pass(x, mean, rstd, relu), Moments(mean, rstd, live, None)
     acc = accumulate_dtype(x.dtype)
     mean, rstd = mean.to(acc), rstd.to(acc)
-    y = torch.sub(x, mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
-    y = y.relu_() if relu else y
-    return y.to(x.dtype), Moments(mean, rstd, live, None)
+    return passes.normalize_pixels(x, mean, rstd, relu), Moments(mean, rstd, live, None)
 
 
 def pixel_norm_backward(passes: Passes, grad: Tensor, x: Tensor, mask: Tensor | None,
@@ -198,17 +194,9 @@ def pixel_norm_backward(passes: Passes, grad: Tensor, x: Tensor, mask: Tensor | 
     It is a KNConv whose convolution passes x on: with ones for sum(W), and z = x - mean.
     """
     setting, (mean, rstd, live) = options.setting(x), moments[:3]
-    grad = dense_like(grad, x)
-    terms = MomentTerms(live, _q(options), setting.factor, True, False)
-    if one_pass := getattr(passes, 'normalize_pixels_backward', None):
-        return one_pass(grad, x, mask, options.dropout_p, mean, rstd, terms, y is not None)
-    if y is not None:
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    z = torch.sub(x, mean.unsqueeze(1))
-    scaled = passes.scale_grad(grad, Kept(z=z), mean, rstd, mean.new_ones(x.size(1)), None, [],
-                               terms)
-    return passes.add_moment_grads(scaled.h, x, options.geometry, mask, options.dropout_p,
-                                   scaled.to_moments, False)
+    terms = MomentTerms(live, _q(options), setting.factor, masked=True, unmasked=False)
+    return passes.normalize_pixels_backward(dense_like(grad, x), x, mask, options.dropout_p, mean,
+                                            rstd, terms, y)
 
 
 def moments_backward(passes: Passes, grad_mean: Tensor, grad_rstd: Tensor, x: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .box_means import box_mean, box_mean_transpose
 from .cpu_chunks import by_chunk, is_eager_on_cpu, scratch_like
-from .geometry import Geometry
+from .geometry import Geometry, make_geometry
 from .memory_format import dense_like, is_channels_last
 from .passes import Kept, MomentGrads, Moments, MomentTerms, ScaledGrad, Shift
 from .precision import LIVE_ROUNDINGS, ORIGIN_CHANNELS, SMALL_DROPOUT, accumulate_dtype
@@ -230,6 +230,25 @@ def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | N
         else:
             target.add_(memory)
     return dx
+
+
+def normalize_pixels(x: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> Tensor:
+    """See :meth:`.Passes.normalize_pixels`."""
+    y = torch.sub(x, mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
+    y = y.relu_() if relu else y
+    return y.to(x.dtype)
+
+
+def normalize_pixels_backward(grad: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float,
+                              mean: Tensor, rstd: Tensor, terms: MomentTerms,
+                              y: Tensor | None) -> Tensor:
+    """See :meth:`.Passes.normalize_pixels_backward`."""
+    if y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    z = torch.sub(x, mean.unsqueeze(1))
+    scaled = scale_grad(grad, Kept(z=z), mean, rstd, mean.new_ones(x.size(1)), None, [], terms)
+    return add_moment_grads(scaled.h, x, make_geometry(1), mask, dropout_p, scaled.to_moments,
+                            False)
 
 
 def _sum(weight: Tensor, dtype: torch.dtype) -> Tensor:

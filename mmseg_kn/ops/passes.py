@@ -95,8 +95,6 @@ class ScaledGrad(NamedTuple):
 class Passes(Protocol):
     """What an implementation offers.
 
-    It may have ``normalize_pixels`` and its backward as well, for the norm whose units are pixels.
-
     ``mask`` is what it keeps of one draw of dropout, None where there is none. Only the
     implementation that drew it can read it: one keeps the places of the dropped elements, the
     other a seed.
@@ -136,6 +134,17 @@ class Passes(Protocol):
 
         ``rectified`` says that x is a relu's output: then dx is 0 where x is 0, as the gradient
         of the relu's input is.
+        """
+
+    def normalize_pixels(self, x: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> Tensor:
+        """(x - mean) * rstd of every pixel of x (N, C, H, W), or its relu."""
+
+    def normalize_pixels_backward(self, grad: Tensor, x: Tensor, mask: Tensor | None,
+                                  dropout_p: float, mean: Tensor, rstd: Tensor,
+                                  terms: MomentTerms, y: Tensor | None) -> Tensor:
+        """dx of :meth:`normalize_pixels` from dL/dy (N, C, H, W), through mean and rstd as well.
+
+        ``y`` is its output where that went through a relu, else None.
         """
 
     def prepare_weight(self, weight: Tensor, x: Tensor, centred: bool) -> tuple[Tensor, Tensor,

@@ -6,11 +6,11 @@ channels stay in its registers and nothing is atomic: results do not depend on s
 Threads can load several elements at once only where the compiler knows that rows start at
 multiples of so many. So the size of the inner dimension arrives divided by V, a power of two, and
 is multiplied by the constant V here: C in channels_last (``LAST``), else the pixels of a sample.
+
+Kernels read no globals: Triton would compare them at every launch.
 """
 import triton
 import triton.language as tl
-
-ROUNDS = tl.constexpr(7)  # of Philox4x32, which no known test tells from random numbers
 
 
 @triton.jit
@@ -52,12 +52,13 @@ def element(start, channel, area, LAST: tl.constexpr):
 
 
 @triton.jit
-def random4(seed, pixel, first, C, like, C4: tl.constexpr):
+def random4(seed, pixel, first, C, like, C4: tl.constexpr, ROUNDS: tl.constexpr = 7):
     """Four tiles (pixels, C4) of uniform uint32, for channels first + C4 * (0, 1, 2, 3) + lane.
 
     ``first`` is a multiple of 4 * C4. Philox4x32 of the element's place among all quadruples: the
     same for every layout, dtype and block size. As of Triton's own, but with products of 64 bits,
-    which are one instruction where their two halves are two.
+    which are one instruction where their two halves are two. No known test tells seven rounds
+    from random numbers.
 
     ``like`` (pixels, C4) comes from a load, as what the tiles are for does. Threads own elements
     of a tile as they do in what it comes from: else every tile would go through shared memory.

@@ -4,26 +4,19 @@ Each reads or writes a full-size tensor once. Sums are float32; what combines th
 unit is float64, on one-channel maps. Sizes are not specialised: images of other sizes compile
 nothing new.
 """
-import sys
-
 import triton
 import triton.language as tl
 
-from .precision import LIVE_ROUNDINGS, ORIGIN_CHANNELS
 from .triton_blocks import element, full_sizes, own_block, pixel_start, random4, stays
-
-ORIGIN = tl.constexpr(ORIGIN_CHANNELS)
-LIVE = tl.constexpr(LIVE_ROUNDINGS * sys.float_info.epsilon)
-HUGE = tl.constexpr(1e300)  # stands for a variance that has overflowed
 
 
 @triton.jit(do_not_specialize=['pixels', 'c', 'area', 'threshold'])
 def channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, c, area, threshold, q, DROPOUT: tl.constexpr,
                  LAST: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
-                 C4: tl.constexpr):
+                 C4: tl.constexpr, F: tl.constexpr):
     """maps (3, pixels), float64: sums of the dropped x and of its square, sum of x.
 
-    Sums are of x - origin, the mean of the pixel's first channels, of which one may be an outlier:
+    Sums are of x - origin, the mean of the pixel's first F channels; one may be an outlier:
     where |mean| >> std, E2 - mean ** 2 would cancel.
     """
     C, area = full_sizes(c, area, LAST, V)
@@ -31,7 +24,6 @@ def channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, c, area, threshold, q, DROPO
     inside = pixel < pixels
     start = pixel_start(pixel, C, area, LAST)
     lane = tl.arange(0, C4)
-    F: tl.constexpr = min(C4, ORIGIN)  # at most C
     first = tl.load(x_ptr + element(start, lane, area, LAST),
                     inside[:, None] & (lane < F)[None, :], other=0.0)
     origin = tl.sum(first.to(tl.float32) * (1 / F), 1)
@@ -75,11 +67,13 @@ def channel_sums(x_ptr, maps_ptr, seed_ptr, pixels, c, area, threshold, q, DROPO
                                'left', 'top', 'dh', 'dw', 'K'])
 def moments(maps_ptr, mean_ptr, rstd_ptr, live_ptr, undropped_ptr, drift_ptr, pixels, H, W, units,
             Ho, Wo, kh, kw, sh, sw, left, top, dh, dw, K, excess, eps, UNDROPPED: tl.constexpr,
-            WIDE: tl.constexpr, P: tl.constexpr):
+            WIDE: tl.constexpr, P: tl.constexpr, LIVE: tl.constexpr):
     """Box sums of ``maps`` and from them the moments of each unit.
 
-    ``excess`` is factor - 1: floats arrive as float32, which knows 1 + p to 6e-8 only.
+    ``excess`` is factor - 1: floats arrive as float32, which knows 1 + p to 6e-8 only. A variance
+    of at most ``LIVE`` times the second moment is its rounding.
     """
+    HUGE: tl.constexpr = 1e300  # stands for a variance that has overflowed
     unit = own_block(P, WIDE)
     inside = unit < units
     line = unit // Wo

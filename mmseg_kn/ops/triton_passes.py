@@ -9,7 +9,7 @@ from . import triton_backward, triton_forward, triton_pixels, triton_weights
 from .geometry import Geometry
 from .memory_format import dense_like, is_channels_last
 from .passes import Kept, MomentGrads, Moments, MomentTerms, ScaledGrad, Shift
-from .precision import accumulate_dtype
+from .precision import LIVE_ROUNDINGS, ORIGIN_CHANNELS, accumulate_dtype
 
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
 TILE = 512  # elements of such a tile: four for each thread
@@ -87,7 +87,8 @@ def unit_moments(x: Tensor, geometry: Geometry, mask: Tensor | None, dropout_p: 
     block = TILE // quarter
     _launch(triton_forward.channel_sums, x, (-(-pixels // block), ), x, maps, mask, pixels,
             channels, area, _threshold(dropout_p), 1.0 if mask is None else 1 / (1 - dropout_p),
-            mask is not None, last, vector, _is_wide(pixels), block, quarter)
+            mask is not None, last, vector, _is_wide(pixels), block, quarter,
+            min(quarter, ORIGIN_CHANNELS))
     mean = x.new_empty((n, ho, wo), dtype=torch.float32)
     rstd, live = torch.empty_like(mean), x.new_empty((n, ho, wo), dtype=torch.bool)
     undropped_mean = torch.empty_like(mean) if undropped else None
@@ -96,7 +97,7 @@ def unit_moments(x: Tensor, geometry: Geometry, mask: Tensor | None, dropout_p: 
     _launch(triton_forward.moments, x, (-(-units // 128), ), maps, mean, rstd,
             live.view(torch.int8), undropped_mean, drift, pixels, h, w, units, ho, wo,
             *_window(geometry), c * kh * kw, factor - 1, eps, undropped, _is_wide(pixels, units),
-            128)
+            128, LIVE_ROUNDINGS * torch.finfo(torch.float64).eps)
     return Moments(mean, rstd, live, undropped_mean, drift)
 
 
@@ -179,22 +180,22 @@ def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | N
 
 
 def normalize_pixels(x: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> Tensor:
-    """(x - mean) * rstd of every pixel of x (N, C, H, W), or its relu."""
+    """See :meth:`.Passes.normalize_pixels`."""
     return normalize(x, rstd, None, None, [Shift(None, mean)], relu, False)
 
 
 def normalize_pixels_backward(grad: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float,
                               mean: Tensor, rstd: Tensor, terms: MomentTerms,
-                              relu: bool) -> Tensor:
-    """dx of :func:`normalize_pixels` from dL/dy (N, C, H, W), through mean and rstd as well."""
+                              y: Tensor | None) -> Tensor:
+    """See :meth:`.Passes.normalize_pixels_backward`."""
     n, c, h, w = x.shape
     dx, pixels, quarter = torch.empty_like(x), n * h * w, _quarter(c)
     channels, area, last, vector = _layout(x)
     block = TILE // quarter
     _launch(triton_pixels.pixel_grad, x, (-(-pixels // block), ), dx, grad, x, mean, rstd,
             terms.live.view(torch.int8), mask, pixels, channels, area, -terms.q / c,
-            terms.of_dvar / c, _threshold(dropout_p), mask is not None, relu, last, vector,
-            _is_wide(pixels), block, quarter)
+            terms.of_dvar / c, _threshold(dropout_p), mask is not None, y is not None, last,
+            vector, _is_wide(pixels), block, quarter)
     return dx
 
 
@@ -206,8 +207,9 @@ def _swap(source: Tensor, target: Tensor) -> tuple[int, int, int, int, bool, int
     o, c, kh, kw = target.shape
     last = is_channels_last(target)
     factors = (c, kh * kw) if last else (kh * kw, c)
-    vector = VECTOR if c * kh * kw % VECTOR == 0 else 1  # two variants are enough here
-    return o, c * kh * kw // vector, *factors, is_channels_last(source) != last, vector
+    swapped = is_channels_last(source) != last
+    vector = VECTOR if c * kh * kw % VECTOR == 0 and not swapped else 1
+    return o, c * kh * kw // vector, *factors, swapped, vector
 
 
 def prepare_weight(weight: Tensor, x: Tensor, centred: bool) -> tuple[Tensor, Tensor,

@@ -53,15 +53,15 @@ def prepare_weight(weight_ptr, out_ptr, sum_ptr, rounded_sum_ptr, many, size, in
 
 
 @triton.jit(do_not_specialize=['many', 'size', 'inner', 'outer'])
-def finish_weight_grad(grad_ptr, of_mean_ptr, out_ptr, many, size, inner, outer,
+def finish_weight_grad(raw_ptr, of_mean_ptr, out_ptr, many, size, inner, outer,
                        SWAP: tl.constexpr, V: tl.constexpr, F: tl.constexpr, B: tl.constexpr):
-    """grad - of_mean of the filter, in the dtype and memory format of ``out``."""
+    """raw - of_mean of the filter, in the dtype and memory format of ``out``."""
     K = size * V
     filters = tl.program_id(0) * F + tl.arange(0, F)
     exists = filters < many
     k = tl.program_id(1) * B + tl.arange(0, B)
     mask = exists[:, None] & (k < K)[None, :]
-    grad = tl.load(grad_ptr + _places(filters, k, K, inner, outer, SWAP), mask, other=0.0)
+    grad = tl.load(raw_ptr + _places(filters, k, K, inner, outer, SWAP), mask, other=0.0)
     grad = grad.to(tl.float32) - tl.load(of_mean_ptr + filters, exists, other=0.0)[:, None]
     tl.store(out_ptr + _places(filters, k, K, inner, outer, False),
              grad.to(out_ptr.dtype.element_ty), mask)

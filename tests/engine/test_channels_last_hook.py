@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmseg.models import SegTTAModel
+from program import ROOT
 from tiny_training import SIZE, build, samples, train
 from torch import distributed
 
@@ -58,6 +60,27 @@ def test_it_ends_with_the_run(wrap, one_process):
     assert channels_last()
     hook.after_run(runner)
     assert not channels_last()
+
+
+@pytest.mark.parametrize('device, takes_effect', [('cuda', False), ('cpu', True), (None, True)])
+def test_it_may_be_for_one_kind_of_device(device, takes_effect):
+    model = build()
+    hook, runner = ChannelsLastHook(device=device), SimpleNamespace(model=model)
+    hook.before_run(runner)
+    assert bool(model.data_preprocessor._forward_hooks) == takes_effect
+    hook.after_run(runner)
+    assert not model.data_preprocessor._forward_hooks
+
+
+@pytest.mark.parametrize('device', ['gpu', 3.5])
+def test_a_device_that_torch_does_not_know(device):
+    with pytest.raises(ValueError, match=f"got {device!r}; use 'cuda', 'cpu' or None"):
+        ChannelsLastHook(device=device)
+
+
+def test_the_configs_use_it_on_a_gpu():
+    cfg = Config.fromfile(ROOT / 'configs/deeplabv3/deeplabv3_knr18-d8_1xb2-400_camvid-160x160.py')
+    assert dict(type='ChannelsLastHook', device='cuda') in cfg.custom_hooks
 
 
 def test_logits_reach_the_loss_in_the_usual_format():

@@ -12,7 +12,7 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp('dry_run')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('TRITON_INTERPRET', '0')
-        execute(ROOT / 'tools/benchmarks/gpu_dry_run.py', '--rounds', 0, '--depths', 18, '--out',
+        execute(ROOT / 'tools/benchmarks/gpu_dry_run.py', '--rounds', 0, '--depths', 50, '--out',
                 'rows.csv', cwd=folder)
     with open(folder / 'rows.csv', newline='') as file:
         return {(row['metric'], row['case']): float(row['value']) for row in csv.DictReader(file)}

@@ -49,7 +49,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=11, help='(%(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='train under AmpOptimWrapper, bfloat16')
-    parser.add_argument('--channels-last', action='store_true', help='as ChannelsLastHook has it')
+    parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction,
+                        help='as ChannelsLastHook has it; on a GPU unless --no-channels-last')
     parser.add_argument('--graphs', action='store_true', help='as CudaGraphHook has it')
     parser.add_argument('--profile', type=int, default=0, metavar='OPS',
                         help='print how a training step divides among so many operators')
@@ -58,6 +59,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', help='CSV to write')
     args = parser.parse_args()
     args.device = torch.device(args.device)
+    if args.channels_last is None:
+        args.channels_last = args.device.type == 'cuda'
     if args.rounds < 3:
         parser.error(f'--rounds must be at least 3, got {args.rounds}')
     return args

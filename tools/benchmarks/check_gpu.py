@@ -74,7 +74,6 @@ def train(name: str, args: argparse.Namespace, data: Path) -> list:
     options = [f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}',
                f'param_scheduler.0.end={iterations}', f'train_dataloader.batch_size={batch}',
                f'default_hooks.checkpoint.interval={max(1, iterations // 4)}',
-               'default_hooks.channels_last.type=ChannelsLastHook',
                'train_dataloader.dataset.pipeline.2.scale=(480,360)',
                f'train_dataloader.dataset.pipeline.3.crop_size=({size[0]},{size[1]})',
                f'model.data_preprocessor.size=({size[0]},{size[1]})',

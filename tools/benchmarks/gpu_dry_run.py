@@ -71,8 +71,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def kn_step(channels: int, dtype: torch.dtype = torch.bfloat16, activation: str | None = 'relu'):
     """A training step of one layer on the meta device."""
-    x, weight = meta(2, channels, 128, 256, dtype=dtype), meta(channels, channels, 2, 2,
-                                                               dtype=torch.float32)
+    x = meta(2, channels, 128, 256, dtype=dtype)
+    # ChannelsLastHook leaves the parameters as they are.
+    weight = torch.empty(channels, channels, 2, 2, device='meta', requires_grad=True)
     bias, grad = meta(channels, dtype=torch.float32), meta(2, channels, 129, 257, dtype=dtype)
     residual = None if activation else meta(2, channels, 129, 257, dtype=dtype)
     leaves = [t for t in (x, weight, bias, residual) if t is not None]
@@ -137,7 +138,7 @@ def count_layer(driver: fake_gpu.FakeDriver, show: bool):
 
 def count_variants(depth: int):
     net = mmseg_kn.KNResNet(depth, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)).to(
-        'meta', torch.bfloat16, memory_format=torch.channels_last)
+        'meta', torch.bfloat16)
     for module in net.modules():
         if hasattr(module, 'impl'):
             module.impl = 'triton'
