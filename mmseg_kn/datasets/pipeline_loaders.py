@@ -78,7 +78,8 @@ def _foreign(transform) -> bool:
 
 def _plain_image(transform) -> bool:
     return type(transform) is LoadImageFromFile and not transform.ignore_empty and \
-        transform.imdecode_backend in ('cv2', 'pillow') and transform.file_client_args is None
+        transform.imdecode_backend in ('cv2', 'pillow') and \
+        getattr(transform, 'file_client_args', None) is None
 
 
 def _plain_label(transform) -> bool:

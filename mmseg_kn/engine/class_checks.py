@@ -50,13 +50,11 @@ def setting_faults(model: torch.nn.Module, dataset, split: str, filename: str,
         if not classes:
             continue
         if fault := _names_fault(classes, split):
-            faults.append(fault)
-            continue
+            return [fault]  # which numbers are right follows from the names
         faults += [class_fault(name, head.num_classes, split, classes, filename)
                    for name, head in heads.items()]
-    if any(every):
-        faults += [output_fault(name, head) for name, head in heads.items()]
-        faults += _ignore_faults(model, heads, parts, split, metrics)
+    faults += [output_fault(name, head) for name, head in heads.items()]
+    faults += _ignore_faults(model, heads, parts, split, metrics)
     return list(dict.fromkeys(fault for fault in faults if fault))
 
 
@@ -85,9 +83,13 @@ def class_fault(name: str, number: int, split: str, classes, filename: str) -> s
 
 
 def output_fault(name: str, head) -> str | None:
-    """What is wrong with the losses of a head of one output channel, which stands for class 1."""
-    if getattr(head, 'out_channels', None) != 1 or head.num_classes != 2:
+    """What is wrong with a head of one output channel, which must stand for class 1 of two."""
+    if getattr(head, 'out_channels', None) != 1:
         return None
+    if head.num_classes == 1:
+        return (f'num_classes of a head must be 2 or more, got 1 in model.{name}, whose softmax '
+                f'is 1 everywhere, so that the loss is 0; set model.{name}.num_classes=2, and in '
+                "the data set classes=['background', ...], labelled 0 and 1")
     losses = head.loss_decode
     losses = losses if isinstance(losses, torch.nn.ModuleList) else [losses]
     wrong = [type(loss).__name__ for loss in losses if not _tells_apart(loss, head)]

@@ -133,6 +133,16 @@ def test_one_class(water, capsys, tmp_path):
     train(water, classes=['background', 'water'])
 
 
+def test_one_class_of_a_head_alone(water, capsys, tmp_path):
+    """Where the data set names no classes, too."""
+    model = build(dict(number=1))
+    for names in (dict(), dict(classes=CLASSES)):
+        faults = setting_faults(model, BaseSegDataset(lazy_init=True, metainfo=names), 'train',
+                                'config.py')
+        assert any('num_classes of a head must be 2 or more, got 1 in model.decode_head' in fault
+                   and 'set model.decode_head.num_classes=2' in fault for fault in faults)
+
+
 def test_a_string_for_classes(water, capsys, tmp_path):
     message = told(water, capsys, tmp_path, "must be a list of names, got the string 'water'",
                    classes='water')

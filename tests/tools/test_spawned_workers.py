@@ -36,7 +36,8 @@ kinds = [dict(type=kind, data_root='scenes', pipeline=pipeline,
          for kind in ('CityscapesDataset', 'Own', 'KNCityscapesDataset')]
 train_dataloader = dict(num_workers=1, dataset=dict(
     _delete_=True, type='ConcatDataset', datasets=kinds))
-val_dataloader = dict(num_workers=1, dataset=dict(_delete_=True, **kinds[1]))
+val_dataloader = dict(num_workers=0, persistent_workers=False,
+                      dataset=dict(_delete_=True, **kinds[1]))
 test_dataloader = dict(num_workers=1, dataset=dict(_delete_=True, **kinds[0]))
 '''
 OPTIONS = ['--cfg-options', *(o for o in SHORT if '_dataloader' not in o),
