@@ -126,7 +126,7 @@ def commands(args: argparse.Namespace) -> list[Command]:
         *([Command('sanitizer', 'sanitizer', [
             sanitizer, sys.executable, '-m', 'pytest', '-q', ROOT / 'tests/ops/test_ops.py',
             '-k', 'ragged or odd'])] if sanitizer else []),
-        benchmark('layers', 'layers', *knconv),
+        benchmark('layers', 'layers', *knconv, *([] if tiny else ['--amp'])),
         *([] if tiny else [benchmark('layers', 'layers-float32', *knconv, '--dtype', 'float32')]),
         benchmark('passes', 'passes', BENCHMARKS / 'benchmark_passes.py', *(
             ['--shapes', '201', '--size', '9', '10', '--rounds', '3'] if tiny else [])),

@@ -157,11 +157,12 @@ def count_variants(depth: int):
 
 def read_machine_code(channels: int):
     spills, narrowest, seen = 0, {}, set()
-    for case, activation in (('', 'relu'), (' + residual', None)):
+    for case, step in (('', kn_step(channels)),
+                       (' + residual', kn_step(channels, activation=None)),
+                       (', KernelNorm2d', norm_step(channels))):
         for kernel in triton_passes.KERNELS:
             kernel.device_caches.clear()
-        kn_step(channels, activation=activation)()
-        norm_step(channels)()
+        step()
         for variant in fake_gpu.compiled_variants(*triton_passes.KERNELS):
             if variant.hash in seen:
                 continue
