@@ -1,7 +1,7 @@
 """Kernel normalization for MMSegmentation.
 
-Importing this package registers ``KN``, ``KNConv``, ``KNResNet``, ``KNResNetCls`` and
-``KernelNormalized``; a config does so with
+Importing this package registers ``KN``, ``KNConv``, ``KNResNet``, ``KNResNetCls``, ``KNConvNeXt``
+and ``KernelNormalized``; a config does so with
 ``custom_imports=dict(imports=['mmseg_kn'], allow_failed_imports=False)``.
 """
 from . import stack
@@ -15,6 +15,8 @@ from .engine import launch  # noqa: E402
 from .models import (  # noqa: E402
     KernelNorm2d,
     KNConv2d,
+    KNConvNeXt,
+    KNConvNeXtClassifier,
     KNResNet,
     KNResNetClassifier,
     KNResNetCls,
@@ -26,6 +28,6 @@ safe_load.setup()
 launch.setup()
 
 __all__ = [
-    'KNConv2d', 'KNResNet', 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d',
-    'conversion_table', 'kernelize', 'ops'
+    'KNConv2d', 'KNConvNeXt', 'KNConvNeXtClassifier', 'KNResNet', 'KNResNetClassifier',
+    'KNResNetCls', 'KernelNorm2d', 'conversion_table', 'kernelize', 'ops'
 ]

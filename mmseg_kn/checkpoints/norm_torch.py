@@ -2,7 +2,8 @@
 
 The repository norm-torch (https://github.com/reza-nasirigerdeh/norm-torch) releases KNResNet-18,
 34 and 50 trained on ImageNet. Their files hold the weights under ``model``; beside them stand the
-optimizer, the schedule, and the command line as an ``argparse.Namespace``.
+optimizer, the schedule, and the command line as an ``argparse.Namespace``. Its script for CIFAR
+saves them under ``model_state_dict``. :mod:`.convnext` knows the names of ConvNeXt.
 """
 import argparse
 import functools
@@ -15,8 +16,10 @@ from torch import Tensor
 from .._version import __version__
 from ..models.knresnet import Block, Transition
 from ..models.knresnet_cls import KNResNetClassifier
+from .convnext import convert_convnext, convnext_arch, convnext_source
 from .diagnose import owner_of
 from .files import save_with_hash, sha256
+from .renaming import check_shapes, check_weights, copied, few
 from .safe_load import load_from_local
 
 DEPTHS = (18, 34, 50)  # that norm-torch has
@@ -24,12 +27,14 @@ DEPTHS = (18, 34, 50)  # that norm-torch has
 
 def convert_norm_torch(state_dict: Mapping[str, Tensor],
                        classifier: bool = False) -> dict[str, Tensor]:
-    """Renames the weights of norm-torch's ``knresnet18``, ``knresnet34`` or ``knresnet50``.
+    """Renames the weights of norm-torch's ``knresnet*`` or ``knconvnext_*``, or of a ConvNeXt.
 
     Args:
-        state_dict: Their state dict.
-        classifier: Return the weights of :class:`mmseg_kn.KNResNetClassifier`, and so of
-            mmpretrain's ``ImageClassifier``, else those of :class:`mmseg_kn.KNResNet`, without
+        state_dict: Their state dict, or that of torchvision's or mmpretrain's ConvNeXt, of which
+            all but the downsamplings is taken.
+        classifier: Return the weights of :class:`mmseg_kn.KNResNetClassifier` or
+            :class:`mmseg_kn.KNConvNeXtClassifier`, and so of mmpretrain's ``ImageClassifier``,
+            else those of :class:`mmseg_kn.KNResNet` or :class:`mmseg_kn.KNConvNeXt`, without
             the tail and the linear layer.
 
     Returns:
@@ -39,20 +44,12 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
         ValueError: A key is missing, unknown or of another shape, a value is not a dense tensor
             of finite floating-point numbers, or this is another network.
     """
-    if all(str(name).startswith('module.') for name in state_dict):  # of DistributedDataParallel
-        state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
+    state_dict = _without_module(state_dict)
+    if convnext_source(state_dict):
+        return convert_convnext(state_dict, classifier)
     depth = norm_torch_depth(state_dict)
     names = _names(depth)
-    missing = [name for name in names if name not in state_dict]
-    unknown = [str(name) for name in state_dict if name not in names]
-    if missing or unknown:
-        reasons = [f'{what} keys: {_few(keys)}'
-                   for what, keys in (('missing', missing), ('unknown', unknown)) if keys]
-        raise ValueError(f"the weights look like norm-torch's knresnet{depth}, but have "
-                         + '; '.join(reasons))
-    for name, value in state_dict.items():
-        if not _is_plain(value):
-            raise ValueError(f'{name} must be a dense tensor of finite floating-point numbers')
+    check_weights(state_dict, names, f"norm-torch's knresnet{depth}")
 
     stem, fc = state_dict['block0.0.weight'], state_dict['fc.weight']
     low_resolution = stem.dim() == 4 and stem.shape[2:] == (3, 3)
@@ -64,17 +61,13 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
                                  low_resolution=low_resolution,
                                  in_channels=stem.size(1) if stem.dim() > 1 else 3)
     shapes = {key: value.shape for key, value in net.state_dict().items()}
-    for name, key in names.items():
-        if state_dict[name].shape != shapes[key]:
-            raise ValueError(f'{name} of knresnet{depth} must have the shape '
-                             f'{tuple(shapes[key])}, got {tuple(state_dict[name].shape)}')
+    check_shapes(state_dict, {name: shapes[key] for name, key in names.items()},
+                 f'knresnet{depth}')
     if not classifier:
         # The backbone's alone; segmentation has no tail.
         names = {name: key.removeprefix('backbone.') for name, key in names.items()
                  if key.startswith('backbone.') and not key.startswith('backbone.tail.')}
-    # Copies: a view would be saved with all of the memory that it is a view of.
-    return {key: state_dict[name].detach().clone(memory_format=torch.contiguous_format)
-            for name, key in names.items()}
+    return {key: copied(state_dict[name]) for name, key in names.items()}
 
 
 def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
@@ -87,26 +80,24 @@ def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
     owner = owner_of(keys)
     if owner == 'norm-torch' and 'block0.0.weight' in keys:
         return min(DEPTHS, key=lambda depth: len(keys ^ _names(depth).keys()))
-    remedy = "norm-torch's checkpoints of KNResNet-18, 34 and 50 can be converted"
+    remedy = ("norm-torch's checkpoints of KNResNet-18, 34, 50 and KNConvNeXt, and those of "
+              'ConvNeXt, can be converted')
     if owner == 'BatchNorm':
         raise ValueError('the weights have running statistics, so they are those of a BatchNorm '
                          f'network; only {remedy}')
-    if owner in ('segmentor', 'KNResNet'):
-        raise ValueError('the weights are those of a KNResNet of mmseg_kn already; they need no '
+    if owner in ('segmentor', 'KNResNet', 'KNConvNeXt'):
+        kind = 'KNConvNeXt' if owner == 'KNConvNeXt' else 'KNResNet'
+        raise ValueError(f'the weights are those of a {kind} of mmseg_kn already; they need no '
                          'conversion')
-    raise ValueError(f'no key block0.0.weight among {len(keys)}: {_few(list(state_dict))}; only '
+    raise ValueError(f'no key block0.0.weight among {len(keys)}: {few(list(state_dict))}; only '
                      f'{remedy}')
 
 
-def _few(keys: list) -> str:
-    return ', '.join(map(str, keys[:10])) + (', ...' if len(keys) > 10 else '')
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a module can load it, and what it loads is what the file says."""
-    return (isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
-            and not value.is_quantized and value.device.type != 'meta'
-            and value.is_floating_point() and bool(value.isfinite().all()))
+def _without_module(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without the prefix that DistributedDataParallel gives to every name."""
+    if not all(str(name).startswith('module.') for name in state_dict):
+        return state_dict
+    return {name.removeprefix('module.'): v for name, v in state_dict.items()}
 
 
 @functools.cache
@@ -131,20 +122,22 @@ def _names(depth: int) -> dict[str, str]:
             for kind in ('weight', 'bias')}
 
 
-def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> tuple[Path, int]:
+def convert_file(src: str | Path, dst: str | Path,
+                 classifier: bool = False) -> tuple[Path, int | str]:
     """Converts a checkpoint file; nothing is written unless all of it converts.
 
     The source is read without running code it may carry. The result loads with
     ``torch.load(weights_only=True)``: ``state_dict``, and ``meta`` with the source's SHA-256, the
-    depth and the version of mmseg_kn.
+    depth of a KNResNet or the ``arch`` of a KNConvNeXt, and the version of mmseg_kn.
 
     Args:
-        src: File of norm-torch, its weights under ``model``; or a bare state dict.
+        src: File with the weights under ``model`` or ``model_state_dict`` (norm-torch) or under
+            ``state_dict`` (mmpretrain); or a bare state dict (torchvision).
         dst: File to write, see :func:`.files.save_with_hash`.
         classifier: See :func:`convert_norm_torch`.
 
     Returns:
-        The file written, and the depth.
+        The file written, and the depth of the KNResNet or the arch of the KNConvNeXt.
 
     Raises:
         ValueError: The source is damaged, holds more than plain data, or does not convert.
@@ -155,7 +148,7 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = load_from_local(str(src), map_location='cpu')
     state_dict = checkpoint
-    for key in ('model', 'state_dict'):
+    for key in ('model', 'model_state_dict', 'state_dict'):
         if isinstance(checkpoint, dict) and key in checkpoint:
             state_dict = checkpoint[key]
             break
@@ -169,6 +162,9 @@ def convert_file(src: str | Path, dst: str | Path, classifier: bool = False) -> 
     except ValueError as error:
         raise ValueError(f'{src} cannot be converted: {error}') from None
 
-    depth = norm_torch_depth(state_dict)
-    meta = dict(source_sha256=sha256(src), depth=depth, mmseg_kn_version=__version__)
-    return save_with_hash(dict(meta=meta, state_dict=weights), dst), depth
+    state_dict = _without_module(state_dict)
+    size = dict(arch=convnext_arch(state_dict)) if convnext_source(state_dict) else dict(
+        depth=norm_torch_depth(state_dict))
+    meta = dict(source_sha256=sha256(src), **size, mmseg_kn_version=__version__)
+    path = save_with_hash(dict(meta=meta, state_dict=weights), dst)
+    return path, *size.values()

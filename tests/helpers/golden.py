@@ -68,6 +68,59 @@ def norm_torch_weights(depth, num_classes=1000, stem_kernel=7):
     return weights
 
 
+# torchvision's sizes of ConvNeXt, which norm-torch takes over: blocks and channels of each stage.
+CONVNEXT = {
+    'tiny': ((3, 3, 9, 3), (96, 192, 384, 768)),
+    'small': ((3, 3, 27, 3), (96, 192, 384, 768)),
+    'base': ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    'large': ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+
+
+def convnext_shapes(arch='tiny', source='norm-torch', num_classes=1000):
+    """Names and shapes of a ConvNeXt: norm-torch's KNConvNeXt, torchvision's, or mmpretrain's."""
+    blocks, channels = CONVNEXT[arch]
+    shapes = {}
+
+    def layer(name, *shape):
+        shapes.update({f'{name}.weight': shape, f'{name}.bias': shape[:1]})
+
+    theirs = source == 'mmpretrain'
+    stem = 'backbone.downsample_layers.0' if theirs else 'features.0'
+    layer(f'{stem}.0', channels[0], 3, 4, 4)
+    layer(f'{stem}.1', channels[0])
+    for i, (count, c) in enumerate(zip(blocks, channels, strict=True)):
+        opening = f'backbone.downsample_layers.{i}' if theirs else f'features.{2 * i}'
+        if i and source != 'norm-torch':
+            layer(f'{opening}.0', channels[i - 1])
+        if i:
+            layer(f'{opening}.1', c, channels[i - 1], 2, 2)
+        for j in range(count):
+            block = f'backbone.stages.{i}.{j}' if theirs else f'features.{2 * i + 1}.{j}'
+            parts = ['block.0', 'block.2', 'block.3', 'block.5']
+            if theirs:
+                parts = ['depthwise_conv', 'norm', 'pointwise_conv1', 'pointwise_conv2']
+            shapes.update({f'{block}.gamma': (c, )} if theirs else {
+                f'{block}.layer_scale': (c, 1, 1)})
+            for part, shape in zip(parts, ((c, 1, 7, 7), (c, ), (4 * c, c), (c, 4 * c)),
+                                   strict=True):
+                layer(f'{block}.{part}', *shape)
+    layer('backbone.norm3' if theirs else 'classifier.0', channels[-1])
+    layer('head.fc' if theirs else 'classifier.2', num_classes, channels[-1])
+    return shapes
+
+
+def convnext_weights(shapes):
+    """parameter() of each, but scales 0.2 |p| and the weights of LayerNorms 1 + 0.1 p."""
+    weights = {name: parameter(name, shape) for name, shape in shapes.items()}
+    for name, value in weights.items():
+        if name.endswith(('layer_scale', 'gamma')):
+            weights[name] = 0.2 * value.abs()
+        elif name.endswith('weight') and value.dim() == 1:
+            weights[name] = 1 + 0.1 * value
+    return weights
+
+
 # in_channels, out_channels, kernel_size, stride, padding, groups, bias; input (2, C, 11, 9),
 # upstream gradient signal(y.shape, seed=1). Paddings of 4 are (left, right, top, bottom).
 KN_CONV = {
@@ -164,6 +217,14 @@ LOGITS = {
     34: [38.4795238701291, 0.0749335757093434, 0.915243726874187, -0.0656315152225387],
     50: [28.0377118892548, 0.42676320967927, 0.619637160918663, -0.645141250717445],
 }
+
+# Logits of their knconvnext_tiny with convnext_weights, over image((2, 3, 96, 128)), and of the
+# KNResNet-18 with Mish of their repository dp-torch with norm_torch_weights in float64, over
+# image((2, 3, 64, 64))[:, :, :32, :32]; without dropout.
+LOGITS_KNCONVNEXT_TINY = [
+    65.6956611449177, -2.27702951800551, -2.08893131784697, -1.19374426943789]
+LOGITS_MISH = [
+    19.7161714841706, 0.144712637028918, 0.174384703944409, -0.203219856995606]
 
 # The same for their models of low resolution with 10 classes, over image((2, 3, 33, 40)), in an
 # independent transcription of their published code.

@@ -10,7 +10,8 @@ PACKAGES = ('mmseg_kn', 'mmseg_kn.baselines', 'mmseg_kn.fsdp', 'mmseg_kn.privacy
 REGISTERED = {
     'mmengine.registry.MODELS': {
         'KN': 'KernelNorm2d', 'KernelNorm2d': 'KernelNorm2d', 'KNConv': 'KNConv2d',
-        'KNConv2d': 'KNConv2d', 'KNResNetCls': 'KNResNetCls', 'NoNorm': 'NoNorm'},
+        'KNConv2d': 'KNConv2d', 'KNConvNeXt': 'KNConvNeXt', 'KNResNetCls': 'KNResNetCls',
+        'NoNorm': 'NoNorm'},
     'mmseg.registry.MODELS': {
         name: name for name in ('KNResNet', 'KernelNormalized', 'NormKNResNet',
                                 'PlainPoolASPPHead')},
@@ -29,8 +30,9 @@ REGISTERED = {
 }
 # Modules, and what their __all__ lists for scripts to import.
 EXPORTED = {
-    'mmseg_kn': ['KNConv2d', 'KNResNet', 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d',
-                 'conversion_table', 'kernelize', 'ops'],
+    'mmseg_kn': ['KNConv2d', 'KNConvNeXt', 'KNConvNeXtClassifier', 'KNResNet',
+                 'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d', 'conversion_table',
+                 'kernelize', 'ops'],
     'mmseg_kn.ops': ['IMPLS', 'chosen_impl', 'kernel_norm2d', 'kn_conv2d'],
     'mmseg_kn.datasets': ['KNCityscapesDataset'],
     'mmseg_kn.privacy': ['DPHook', 'DPIterBasedTrainLoop', 'DPOptimWrapper', 'GradSampler',

@@ -1,28 +1,41 @@
-"""Converts the authors' ImageNet checkpoints (repository norm-torch) to KNResNet. See --help."""
+"""Converts the authors' checkpoints (repository norm-torch), and ConvNeXt's. See --help."""
 import argparse
+
+import torch
 
 from mmseg_kn.checkpoints.norm_torch import convert_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Converts norm-torch's checkpoints of KNResNet-18, 34 and 50. The name of the "
-        'file written ends in the first eight digits of its SHA-256.')
-    parser.add_argument('src', help='checkpoint of norm-torch')
+        description="Converts norm-torch's checkpoints of KNResNet-18, 34, 50 and of KNConvNeXt; "
+        "and torchvision's or mmpretrain's of ConvNeXt to a KNConvNeXt whose three downsamplings "
+        'start from scratch. The name of the file written ends in the first eight digits of its '
+        'SHA-256.')
+    parser.add_argument('src', help='checkpoint of norm-torch, torchvision or mmpretrain')
     parser.add_argument('dst', help='file to write, NAME.pth')
     parser.add_argument('--classifier', action='store_true',
                         help='the whole classifier, for KNResNetClassifier or mmpretrain, '
                         'instead of the backbone')
     args = parser.parse_args()
     try:
-        path, depth = convert_file(args.src, args.dst, args.classifier)
+        path, size = convert_file(args.src, args.dst, args.classifier)
     except (ValueError, OSError) as error:
         parser.exit(1, f'{error}\n')
-    print(f'{args.src} is KNResNet-{depth}; written to {path}')
+    weights = torch.load(path, weights_only=True)['state_dict']
+    convnext = isinstance(size, str)
+    new = convnext and not any('downsample_layers.1.' in key for key in weights)
+    network = 'ConvNeXt' if new else 'KNConvNeXt' if convnext else 'KNResNet'
+    print(f'{args.src} is {network}-{size}; written to {path}')
+    if new:
+        print('It has no weights for the three kernel normalized downsamplings: they start from '
+              'scratch, so train it before you use it.')
     if args.classifier:
-        print(f'net.load_state_dict(torch.load({str(path)!r})["state_dict"])')
+        strict = ', strict=False' * new
+        print(f'net.load_state_dict(torch.load({str(path)!r})["state_dict"]{strict})')
     else:
-        print(f"In model.backbone: depth={depth}, init_cfg=dict(type='Pretrained', "
+        print(f"In model.backbone: {f'arch={size!r}' if convnext else f'depth={size}'}, "
+              "init_cfg=dict(type='Pretrained', "
               f'checkpoint={str(path)!r})')
         print('or: --cfg-options model.backbone.init_cfg.type=Pretrained '
               f'model.backbone.init_cfg.checkpoint={path}')
