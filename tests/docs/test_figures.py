@@ -118,7 +118,7 @@ def test_a_stale_table_is_found(tmp_path):
         readme: (ROOT / 'configs/fcn/README.md').read_text()}
 
 
-@pytest.mark.parametrize('folder', ['deeplabv3', 'fcn', 'kernelized'])
+@pytest.mark.parametrize('folder', ['deeplabv3', 'fcn', 'kernelized', 'knconvnext'])
 def test_each_config_is_in_one_table(models, folder):
     links = re.findall(r'\(([\w-]+)\.py\)', (ROOT / 'configs' / folder / 'README.md').read_text())
     assert sorted(links) == sorted(

@@ -4,8 +4,9 @@
     python tools/dev/config_tables.py --check  # writes nothing; exits with 1 if a table is stale
 
 A table stands between two comments. The first one names the data set whose configs the table
-lists, "private" for the configs of private training, or "kernelized" for those over a config of
-mmseg, which are named as that with "-kn" before the schedule. A row says what the name of a config
+lists, "private" for the configs of private training, "paper" for those of the paper's Table 3, or
+"kernelized" for those over a config of mmseg, which are named as that with "-kn" before the
+schedule. A row says what the name of a config
 says, and the mIoU that the metafile has for it. Rows keep the order of the metafile.
 """
 import argparse
@@ -18,8 +19,11 @@ import mmengine
 ROOT = Path(__file__).parents[2]
 TABLE = re.compile(r'(<!-- table of (\S+), [^\n]* -->\n).*?(<!-- end of the table -->)', re.S)
 NAME = re.compile(
-    r'\w+_(?P<kn>kn)?r(?P<depth>\d+)(-(?P<norm>[a-z-]+))?-d8_(?P<batch>\d+xb\d+)'
-    r'(?P<private>-dp-eps\d+)?-(?P<length>\d+k?)_(?P<data>[a-z-]+)-(?P<crop>\d+x\d+)')
+    r'\w+_(?P<kn>kn)?r(?P<depth>\d+)(-(?P<norm>[a-z-]+))?-d(?P<stride>8|32)_(?P<batch>\d+xb\d+)'
+    r'(?P<private>-dp-eps\d+)?-(?P<length>\d+[ke]?)_(?P<data>[a-z-]+)-(?P<crop>\d+x\d+)')
+CONVNEXT = re.compile(
+    r'knconvnext-(?P<arch>[a-z]+)_upernet_(?P<batch>\d+xb\d+)-(?P<length>\d+k?)_(?P<data>[a-z0-9]+)-'
+    r'(?P<crop>\d+x\d+)')
 KERNELIZED = re.compile(
     r'(?P<network>\w[\w-]*)-kn_(?P<batch>\d+xb\d+)-(?P<length>\d+k?)_(?P<data>[a-z-]+)-'
     r'(?P<crop>\d+x\d+)')
@@ -32,17 +36,19 @@ NORMS = {
     'nonorm': 'none, scale and shift alone',
     'plainpool': 'BatchNorm, none in the pooling branch',
 }
-DATA = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'toy-cityscapes': 'Generated scenes'}
+DATA = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'toy-cityscapes': 'Generated scenes',
+        'ade20k': 'ADE20K'}
 
 
 def parts_of(name: str) -> dict[str, str | None]:
     """What the name of a config says."""
-    found = NAME.fullmatch(name) or KERNELIZED.fullmatch(name)
+    found = NAME.fullmatch(name) or KERNELIZED.fullmatch(name) or CONVNEXT.fullmatch(name)
     if not found or found['data'] not in DATA or found.groupdict().get('norm') not in (
             None, *NORMS):
         raise ValueError(
-            'a config must be named METHOD_[kn]rDEPTH[-NORM]-d8_SCHEDULE_DATA-CROP, or '
-            'METHOD_BACKBONE-kn_SCHEDULE_DATA-CROP over one of mmseg, with NORM of '
+            'a config must be named METHOD_[kn]rDEPTH[-NORM]-d8_SCHEDULE_DATA-CROP, or d32, or '
+            'METHOD_BACKBONE-kn_SCHEDULE_DATA-CROP over one of mmseg, or '
+            'knconvnext-ARCH_upernet_SCHEDULE_DATA-CROP, with NORM of '
             f'{", ".join(NORMS)} and DATA of {", ".join(DATA)}, got {name!r}; rename it, or add '
             f'its normalization or data set to {Path(__file__).name}')
     return found.groupdict()
@@ -53,7 +59,9 @@ def table_of(name: str) -> str:
     parts = parts_of(name)
     if 'network' in parts:
         return 'kernelized'
-    return 'private' if parts['private'] else parts['data']
+    if parts.get('stride') == '32':
+        return 'paper'
+    return 'private' if parts.get('private') else parts['data']
 
 
 def row(model: dict) -> dict[str, str]:
@@ -62,6 +70,8 @@ def row(model: dict) -> dict[str, str]:
     results = model.get('Results', {}).get('Metrics', {})
     if 'network' in parts:
         network = {'Network of mmseg': parts['network']}
+    elif 'arch' in parts:
+        network = {'Backbone': f'KNConvNeXt, {parts["arch"]}'}
     else:
         network = {
             'Backbone': f'{"KN" if parts["kn"] else ""}ResNet-{parts["depth"]}',

@@ -1,0 +1,3 @@
+_base_ = './fcn_r50-d32_4xb3-484e_cityscapes-512x1024.py'
+model = dict(
+    backbone=dict(depth=18), decode_head=dict(in_channels=512))
