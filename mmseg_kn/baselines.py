@@ -116,8 +116,7 @@ class NormKNResNet(KNResNet):
                 self.set_submodule(name, NormConv2d(norm(layer.in_channels), layer))
             elif isinstance(layer, KernelNorm2d):
                 self.set_submodule(name, norm(layer.num_features))
+        if self.activation == 'relu':
+            # KernelNorm2d ends with a ReLU of its own there; other normalizations do not.
+            self.act = nn.ReLU()
         self._freeze_stages()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        # A KernelNorm2d in a KNResNet ends with a ReLU of its own; other normalizations do not.
-        return tuple(F.relu(y) for y in super().forward(x))

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..models.activation import KEY, activation_name, name_as_tensor
 from ..models.knresnet import Block, Transition
 from ..models.knresnet_cls import KNResNetClassifier
+from ..models.layers import KNConv2d
 from .convnext import convert_convnext, convnext_arch, convnext_source
 from .diagnose import owner_of
 from .files import save_with_hash, sha256
@@ -25,8 +27,8 @@ from .safe_load import load_from_local
 DEPTHS = (18, 34, 50)  # that norm-torch has
 
 
-def convert_norm_torch(state_dict: Mapping[str, Tensor],
-                       classifier: bool = False) -> dict[str, Tensor]:
+def convert_norm_torch(state_dict: Mapping[str, Tensor], classifier: bool = False,
+                       activation: str = 'relu') -> dict[str, Tensor]:
     """Renames the weights of norm-torch's ``knresnet*`` or ``knconvnext_*``, or of a ConvNeXt.
 
     Args:
@@ -36,16 +38,24 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
             :class:`mmseg_kn.KNConvNeXtClassifier`, and so of mmpretrain's ``ImageClassifier``,
             else those of :class:`mmseg_kn.KNResNet` or :class:`mmseg_kn.KNConvNeXt`, without
             the tail and the linear layer.
+        activation: What the KNResNet was trained with, which its weights do not tell. The authors'
+            private networks (repository dp-torch), of the same names and shapes, have ``'mish'``.
+            The converted weights carry it, and a network with another refuses them.
 
     Returns:
         Copies of the tensors, under our names.
 
     Raises:
         ValueError: A key is missing, unknown or of another shape, a value is not a dense tensor
-            of finite floating-point numbers, or this is another network.
+            of finite floating-point numbers, this is another network, or ``activation`` names none
+            that it can have.
     """
+    activation = activation_name(activation)
     state_dict = _without_module(state_dict)
     if convnext_source(state_dict):
+        if activation != 'relu':
+            raise ValueError(f'the weights are those of a ConvNeXt, whose activations are fixed, '
+                             f'got activation={activation!r}; leave it out')
         return convert_convnext(state_dict, classifier)
     depth = norm_torch_depth(state_dict)
     names = _names(depth)
@@ -67,7 +77,10 @@ def convert_norm_torch(state_dict: Mapping[str, Tensor],
         # The backbone's alone; segmentation has no tail.
         names = {name: key.removeprefix('backbone.') for name, key in names.items()
                  if key.startswith('backbone.') and not key.startswith('backbone.tail.')}
-    return {key: copied(state_dict[name]) for name, key in names.items()}
+    converted = {key: copied(state_dict[name]) for name, key in names.items()}
+    if activation != 'relu':
+        converted[f'backbone.{KEY}' if classifier else KEY] = name_as_tensor(activation)
+    return converted
 
 
 def norm_torch_depth(state_dict: Mapping[str, Tensor]) -> int:
@@ -112,6 +125,8 @@ def _names(depth: int) -> dict[str, str]:
             counts[type(unit)] += 1
             theirs = ('res' if type(unit) is Block else 'trans') + f'_block{counts[type(unit)]}'
             for name, conv in unit.named_children():
+                if not isinstance(conv, KNConv2d):
+                    continue
                 inner = '.conv1x1' if conv.kernel_size == (1, 1) else ''
                 modules[f'{theirs}.{name}{inner}'] = f'{path}.{name}'
     if backbone.tail is not None:
@@ -122,8 +137,8 @@ def _names(depth: int) -> dict[str, str]:
             for kind in ('weight', 'bias')}
 
 
-def convert_file(src: str | Path, dst: str | Path,
-                 classifier: bool = False) -> tuple[Path, int | str]:
+def convert_file(src: str | Path, dst: str | Path, classifier: bool = False,
+                 activation: str = 'relu') -> tuple[Path, int | str]:
     """Converts a checkpoint file; nothing is written unless all of it converts.
 
     The source is read without running code it may carry. The result loads with
@@ -134,7 +149,7 @@ def convert_file(src: str | Path, dst: str | Path,
         src: File with the weights under ``model`` or ``model_state_dict`` (norm-torch) or under
             ``state_dict`` (mmpretrain); or a bare state dict (torchvision).
         dst: File to write, see :func:`.files.save_with_hash`.
-        classifier: See :func:`convert_norm_torch`.
+        classifier, activation: See :func:`convert_norm_torch`.
 
     Returns:
         The file written, and the depth of the KNResNet or the arch of the KNConvNeXt.
@@ -158,7 +173,7 @@ def convert_file(src: str | Path, dst: str | Path,
     # A pickled OrderedDict may bring methods of its own; a dict made of it does not.
     state_dict = {key: dict.__getitem__(state_dict, key) for key in dict.__iter__(state_dict)}
     try:
-        weights = convert_norm_torch(state_dict, classifier)
+        weights = convert_norm_torch(state_dict, classifier, activation)
     except ValueError as error:
         raise ValueError(f'{src} cannot be converted: {error}') from None
 
@@ -166,5 +181,7 @@ def convert_file(src: str | Path, dst: str | Path,
     size = dict(arch=convnext_arch(state_dict)) if convnext_source(state_dict) else dict(
         depth=norm_torch_depth(state_dict))
     meta = dict(source_sha256=sha256(src), **size, mmseg_kn_version=__version__)
+    if activation_name(activation) != 'relu':
+        meta['activation'] = activation_name(activation)
     path = save_with_hash(dict(meta=meta, state_dict=weights), dst)
     return path, *size.values()

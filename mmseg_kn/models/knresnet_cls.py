@@ -7,6 +7,7 @@ norm-torch. The trunk is that of :class:`mmseg_kn.KNResNet`; depth 101 is ours.
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .activation import build_activation
 from .knresnet import Trunk
 from .knresnet_stages import ARCHS, classifier_stages
 from .layers import KernelNorm2d, KNConv2d
@@ -34,6 +35,8 @@ class KNResNetCls(Trunk):
         dropout_p: Dropout of the statistics in every layer, in [0, 1); in the last, without
             weights, it is min(5 * dropout_p, 0.25).
         zero_init_residual: Start every residual block as identity; the authors do not.
+        activation: As in :class:`mmseg_kn.KNResNet`; the authors' for private training is
+            ``'mish'``.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or None: from scratch.
 
     Shape:
@@ -53,23 +56,25 @@ class KNResNetCls(Trunk):
                  with_cp: bool = False,
                  dropout_p: float = 0.05,
                  zero_init_residual: bool = False,
+                 activation: str = 'relu',
                  init_cfg: dict | None = None) -> None:
         stages = classifier_stages(depth, low_resolution)
         super().__init__(depth, stages, in_channels=in_channels, frozen_stages=frozen_stages,
                          with_cp=with_cp, dropout_p=dropout_p,
-                         zero_init_residual=zero_init_residual, init_cfg=init_cfg,
-                         low_resolution=low_resolution)
+                         zero_init_residual=zero_init_residual, activation=activation,
+                         init_cfg=init_cfg, low_resolution=low_resolution)
+        self.act, fused = build_activation(self.activation)
         self.feat_dim = stages[-1].channels
         # The smallest image that leaves the last stage, and the tail, a position.
         self.min_size = 8 if low_resolution else 29
         self.tail = None
         if not ARCHS[depth].bottleneck:
             self.tail = KNConv2d(self.feat_dim, TAIL_CHANNELS, 2, padding=int(low_resolution),
-                                 dropout_p=dropout_p, input_activation='relu', keep_output=True)
+                                 dropout_p=dropout_p, input_activation=fused, keep_output=True)
             self.feat_dim = TAIL_CHANNELS
             self.min_size = 16 if low_resolution else 93
         self.norm = KernelNorm2d(self.feat_dim, dropout_p=min(5 * dropout_p, 0.25),
-                                 activation='relu')
+                                 activation=fused)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         if x.dim() == 4 and min(x.shape[2:]) < self.min_size:
@@ -80,8 +85,8 @@ class KNResNetCls(Trunk):
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
         if self.tail is not None:
-            x = self.tail(max_pool2d(x, 2, 2))
-        return (self.norm(x), )
+            x = self.tail(self.act(max_pool2d(x, 2, 2)))
+        return (self.act(self.norm(x)), )
 
 
 class KNResNetClassifier(nn.Module):
@@ -98,6 +103,7 @@ class KNResNetClassifier(nn.Module):
         dropout_p: Dropout of the statistics, in [0, 1). Evaluation is deterministic: it uses
             the expectation over it, where the authors' code goes on dropping.
         in_channels: Channels of the image; values in [0, 1], not shifted by a mean.
+        activation: As in :class:`KNResNetCls`.
 
     Shape:
         (N, in_channels, H, W) to (N, num_classes).
@@ -116,9 +122,11 @@ class KNResNetClassifier(nn.Module):
                  num_classes: int = 1000,
                  low_resolution: bool = False,
                  dropout_p: float = 0.05,
-                 in_channels: int = 3) -> None:
+                 in_channels: int = 3,
+                 activation: str = 'relu') -> None:
         super().__init__()
-        self.backbone = KNResNetCls(depth, in_channels, low_resolution, dropout_p=dropout_p)
+        self.backbone = KNResNetCls(depth, in_channels, low_resolution, dropout_p=dropout_p,
+                                    activation=activation)
         fc = nn.Linear(self.backbone.feat_dim, num_classes)
         nn.init.zeros_(fc.bias)
         self.head = nn.ModuleDict(dict(fc=fc))

@@ -96,6 +96,40 @@ def test_low_resolution(tmp_path):
     refused(save(tmp_path / 'src.pth', weights), '3x3 stem does not fit KNResNet')
 
 
+def test_what_their_script_for_cifar_saves(tmp_path):
+    weights = golden.norm_torch_weights(18, num_classes=100, stem_kernel=3)
+    torch.save(dict(model_state_dict=weights, last_epoch=150, optimizer_state_dict={}),
+               tmp_path / 'src.pth')
+    path, _ = convert_file(tmp_path / 'src.pth', tmp_path / 'dst.pth', classifier=True)
+    net = KNResNetClassifier(18, num_classes=100, low_resolution=True)
+    net.load_state_dict(torch.load(path, weights_only=True)['state_dict'])
+    assert torch.equal(net.head['fc'].weight, weights['fc.weight'])
+
+
+def test_mish(tmp_path, weights):
+    """Their private networks differ in the activation alone, which no name of a weight tells."""
+    source = save(tmp_path / 'src.pth', weights)
+    plain, _ = convert_file(source, tmp_path / 'plain.pth')
+    path, _ = convert_file(source, tmp_path / 'dst.pth', activation='Mish')
+    assert torch.load(path, weights_only=True)['meta']['activation'] == 'mish'
+
+    def start(activation, path):
+        KNResNet(18, activation=activation, init_cfg=dict(
+            type='Pretrained', checkpoint=str(path))).init_weights()
+
+    start('mish', path)
+    with pytest.raises(ValueError, match="was trained with activation='mish'"):
+        start('relu', path)
+    with pytest.raises(ValueError, match='convert it with --activation mish if'):
+        start('mish', plain)
+    refused(source, 'activation must name one of torch.nn', activation='swish')
+    weights = {name: torch.zeros(1).expand(shape)
+               for name, shape in golden.convnext_shapes().items()}
+    torch.save(weights, source)
+    refused(source, "of a ConvNeXt, whose activations are fixed, got activation='mish'",
+            activation='mish')
+
+
 def changed(weights, **changes):
     weights = dict(weights)
     for key, value in changes.items():
@@ -205,9 +239,10 @@ def test_an_unconverted_checkpoint_names_the_tool(tmp_path, weights):
 def test_tool(tmp_path, weights):
     source = save(tmp_path / 'src.pth', weights)
 
-    log = execute(TOOL, source, 'dst.pth', cwd=tmp_path)
+    log = execute(TOOL, source, 'dst.pth', '--activation', 'mish', cwd=tmp_path)
     written, = tmp_path.glob('dst-*.pth')
     assert f'KNResNet-18; written to {written.name}' in log
+    assert "depth=18, activation='mish', init_cfg=dict(type='Pretrained'" in log
     assert f"type='Pretrained', checkpoint='{written.name}'" in log
     log = execute(TOOL, tmp_path / 'absent.pth', 'dst.pth', cwd=tmp_path, check=False)
     assert 'absent.pth can not be found' in log.splitlines()[-1] and 'Traceback' not in log

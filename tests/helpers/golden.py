@@ -40,8 +40,8 @@ NORM_TORCH = {
 }
 
 
-def norm_torch_weights(depth, num_classes=1000, stem_kernel=7):
-    """A state dict as their released checkpoints name it, of parameter() in float32."""
+def norm_torch_weights(depth, num_classes=1000, stem_kernel=7, dtype='float32'):
+    """A state dict as their released checkpoints name it, of parameter()."""
     stem, stages, last = NORM_TORCH[depth]
     shapes = {'block0.0': (stem, 3, stem_kernel, stem_kernel)}
     previous, block = stem, 0
@@ -64,7 +64,7 @@ def norm_torch_weights(depth, num_classes=1000, stem_kernel=7):
     weights = {}
     for name, shape in shapes.items():
         for key, size in ((f'{name}.weight', shape), (f'{name}.bias', shape[:1])):
-            weights[key] = parameter(key, size, 'float32')
+            weights[key] = parameter(key, size, dtype)
     return weights
 
 

@@ -55,6 +55,17 @@ def test_low_resolution_equals_the_authors(depth):
     assert golden.fingerprint(logits) == pytest.approx(expected, rel=1e-9)
 
 
+def test_mish_equals_the_authors():
+    """The network of their private training."""
+    weights = golden.norm_torch_weights(18, stem_kernel=3, dtype='float64')
+    net = KNResNetClassifier(18, low_resolution=True, dropout_p=0., activation='mish').double()
+    net.load_state_dict(convert_norm_torch(weights, classifier=True, activation='mish'))
+    x = golden.image((2, 3, 64, 64))[:, :, :32, :32].double()
+    with torch.no_grad():
+        logits = net.eval()(x)
+    assert golden.fingerprint(logits) == pytest.approx(golden.LOGITS_MISH, rel=1e-9)
+
+
 # Depth 50 opens stage 4 by a 1x1 convolution, which needs no padding; the others pad it otherwise
 # in the authors' classification models than a dense network can.
 @pytest.mark.parametrize('depth, stages', [(18, 3), (34, 3), (50, 4)])

@@ -17,9 +17,12 @@ def main() -> None:
     parser.add_argument('--classifier', action='store_true',
                         help='the whole classifier, for KNResNetClassifier or mmpretrain, '
                         'instead of the backbone')
+    parser.add_argument('--activation', default='relu',
+                        help='what a KNResNet was trained with, which its weights do not tell: '
+                        "mish for the authors' private ones (%(default)s)")
     args = parser.parse_args()
     try:
-        path, size = convert_file(args.src, args.dst, args.classifier)
+        path, size = convert_file(args.src, args.dst, args.classifier, args.activation)
     except (ValueError, OSError) as error:
         parser.exit(1, f'{error}\n')
     weights = torch.load(path, weights_only=True)['state_dict']
@@ -30,12 +33,18 @@ def main() -> None:
     if new:
         print('It has no weights for the three kernel normalized downsamplings: they start from '
               'scratch, so train it before you use it.')
+    stem = weights.get('backbone.stem.weight')
+    if args.activation == 'relu' and stem is not None and stem.shape[2:] == (3, 3):
+        print("Its activation is taken to be ReLU. Networks of the authors' private training have "
+              'the same names and shapes: --activation mish converts those.')
     if args.classifier:
         strict = ', strict=False' * new
         print(f'net.load_state_dict(torch.load({str(path)!r})["state_dict"]{strict})')
     else:
-        print(f"In model.backbone: {f'arch={size!r}' if convnext else f'depth={size}'}, "
-              "init_cfg=dict(type='Pretrained', "
+        arguments = f'arch={size!r}' if convnext else f'depth={size}'
+        if args.activation != 'relu':
+            arguments += f', activation={args.activation!r}'
+        print(f"In model.backbone: {arguments}, init_cfg=dict(type='Pretrained', "
               f'checkpoint={str(path)!r})')
         print('or: --cfg-options model.backbone.init_cfg.type=Pretrained '
               f'model.backbone.init_cfg.checkpoint={path}')
