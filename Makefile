@@ -4,6 +4,8 @@
 # Each installs what it needs into .venv first. Another torch: make TORCH='torch>=2.6' ...
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# For mmpretrain, in tests; each fits one torch, but for classification any will do.
+TORCHVISION ?= torchvision==0.28.0
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -46,7 +48,7 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed)
 clean:
 	rm -rf $(VENV) $(VENV)-onedl $(DEMO_DATA) $(DEMO_WORK)
 
-$(VENV)/.installed: EXTRAS := lite,test,kernels,lint
+$(VENV)/.installed: EXTRAS := lite,mmpretrain,test,kernels,lint
 $(VENV)-onedl/.installed: EXTRAS := onedl,test
 # KN models need no compiled op of the fork's mmcv.
 $(VENV)-onedl/.installed: export MMCV_WITH_OPS := 0
@@ -55,5 +57,6 @@ $(VENV)-onedl/.installed: export MMCV_WITH_OPS := 0
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --upgrade pip
 	$*/bin/python -m pip install '$(TORCH)'
+	$*/bin/python -m pip install --no-deps '$(TORCHVISION)'
 	$*/bin/python -m pip install -e '.[$(EXTRAS)]'
 	touch $@

@@ -3,10 +3,12 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.registry import MODELS
+from mmseg.models.backbones import ResNet
 from mmseg.models.decode_heads import ASPPHead
 from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
 
+from .models.activation import activation_name, build_activation
 from .models.knresnet import KNResNet
 from .models.layers import KernelNorm2d, KNConv2d
 from .ops.geometry import make_geometry
@@ -120,3 +122,42 @@ class NormKNResNet(KNResNet):
             # KernelNorm2d ends with a ReLU of its own there; other normalizations do not.
             self.act = nn.ReLU()
         self._freeze_stages()
+
+
+@MODELS.register_module()
+class ResNetCls(ResNet):
+    """mmseg's ``ResNet`` as a backbone of image classifiers: the twin of ``KNResNetCls``.
+
+    For mmpretrain's ``ImageClassifier``, whose own ResNets have no other activation than ReLU. It
+    is torchvision's ResNet, with the authors' two changes: a stem for small images, and the
+    activation of their private training.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        norm_cfg: ``dict(type='BN')``, ``dict(type='GN', num_groups=32)``, or LayerNorm as the
+            authors have it, ``dict(type='GN', num_groups=1)``.
+        low_resolution: For small images (CIFAR): the stem is a 3x3 convolution with stride 1, and
+            there is no pool.
+        activation: As in :class:`mmseg_kn.KNResNet`.
+        zero_init_residual: Start every residual block as identity; the authors do not.
+        kwargs: As for mmseg's ResNet.
+
+    Shape:
+        (N, 3, H, W) to a tuple of one (N, C, h, w), C = 512 for depths 18 and 34, else 2048.
+
+    Raises:
+        ValueError: There is no such activation.
+    """
+
+    def __init__(self, depth: int, norm_cfg: dict, low_resolution: bool = False,
+                 activation: str = 'relu', zero_init_residual: bool = False, **kwargs) -> None:
+        activation = activation_name(activation)
+        super().__init__(depth=depth, norm_cfg=norm_cfg, out_indices=(3, ), norm_eval=False,
+                         zero_init_residual=zero_init_residual, **kwargs)
+        if low_resolution:
+            self.conv1 = nn.Conv2d(self.conv1.in_channels, 64, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        if activation != 'relu':
+            for module in self.modules():
+                if isinstance(getattr(module, 'relu', None), nn.ReLU):
+                    module.relu = build_activation(activation)[0]

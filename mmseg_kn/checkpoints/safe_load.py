@@ -79,7 +79,7 @@ def _load(name, read):
     """Returns what read() loads under our safe globals; a bad file becomes a ValueError."""
     try:
         with torch.serialization.safe_globals(_safe_globals()):
-            return _without_source(_plain(read()))
+            return _without_source(plain(read()))
     except pickle.UnpicklingError as error:
         # torch wraps its reason in the advice to switch the protection off: take the reason.
         reason = str(error.__context__ or error)
@@ -159,7 +159,7 @@ class _SavedDtype:
 
 
 class _SavedArray:
-    """Stands for numpy.ndarray and, called, for its `_reconstruct`; `_plain` unwraps it."""
+    """Stands for numpy.ndarray and, called, for its `_reconstruct`; `plain` unwraps it."""
 
     def __init__(self, kind, shape, code):
         pass  # an empty array; the pickle's BUILD brings the contents
@@ -184,7 +184,7 @@ def _no_bytes():
     return b''
 
 
-def _plain(value, seen=None):
+def plain(value, seen=None):
     """Replaces the stand-ins in the containers that checkpoints consist of.
 
     Each container once (``seen``, by id): a few that hold each other twice are 2**60 in all.
@@ -197,15 +197,15 @@ def _plain(value, seen=None):
     if id(value) not in seen:
         seen[id(value)] = value, value
         if type(value) is tuple:
-            seen[id(value)] = value, tuple(_plain(item, seen) for item in value)
+            seen[id(value)] = value, tuple(plain(item, seen) for item in value)
         elif type(value) is list:
-            value[:] = [_plain(item, seen) for item in value]
+            value[:] = [plain(item, seen) for item in value]
         else:
             for key in value:
-                value[key] = _plain(value[key], seen)
+                value[key] = plain(value[key], seen)
             if getattr(value, '__dict__', None):
                 _check_attributes(value, vars(value))
-                _plain(vars(value), seen)
+                plain(vars(value), seen)
     return seen[id(value)][1]
 
 
@@ -215,6 +215,17 @@ def _check_attributes(ordered, attributes):
         raise pickle.UnpicklingError(
             f'a {type(ordered).__name__} with attributes {sorted(map(str, attributes))}'
         )
+
+
+def numpy_globals():
+    """What numpy's pickles name, and the harmless stand-in for each."""
+    # numpy 1.x and 2.x write different module names.
+    arrays = [
+        (function, f'numpy.{core}.multiarray.{name}')
+        for core in ('core', '_core')
+        for function, name in ((_SavedArray, '_reconstruct'), (_saved_scalar, 'scalar'))
+    ]
+    return arrays + [(_SavedArray, 'numpy.ndarray'), (_SavedDtype, 'numpy.dtype')]
 
 
 @functools.cache
@@ -234,7 +245,7 @@ def _safe_globals():
                 raise pickle.UnpicklingError(f'a HistoryBuffer with attributes {sorted(state)}')
             # From here on it is an ordinary HistoryBuffer, and saved again as one.
             self.__class__ = HistoryBuffer
-            self.__setstate__(_plain(values))
+            self.__setstate__(plain(values))
 
     def saved_getattr(owner, name):
         # Buffers name their statistics this way. They set their own, so a name will do.
@@ -242,15 +253,7 @@ def _safe_globals():
             return name
         raise pickle.UnpicklingError(f'GLOBAL builtins.getattr (of {name!r})')
 
-    # numpy 1.x and 2.x write different module names.
-    arrays = [
-        (function, f'numpy.{core}.multiarray.{name}')
-        for core in ('core', '_core')
-        for function, name in ((_SavedArray, '_reconstruct'), (_saved_scalar, 'scalar'))
-    ]
-    return arrays + [
-        (_SavedArray, 'numpy.ndarray'),
-        (_SavedDtype, 'numpy.dtype'),
+    return numpy_globals() + [
         (_no_bytes, 'builtins.bytes'),
         (SavedHistory, 'mmengine.logging.history_buffer.HistoryBuffer'),
         (saved_getattr, 'builtins.getattr'),

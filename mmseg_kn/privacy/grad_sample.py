@@ -139,6 +139,9 @@ class GradSampler:
         # Norms in half precision could exceed the bound that they are clipped to.
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) * len(grad)
         sampler = GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
+        if not isinstance(module, KNConv2d):
+            # opacus's, of convolutions, reads other elements where the format is channels_last.
+            captured = [t.contiguous() for t in captured]
         for p, grad_sample in sampler(module, captured, grad).items():
             if not p.requires_grad:
                 continue

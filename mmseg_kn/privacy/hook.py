@@ -76,7 +76,7 @@ class DPHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         self.probe_due |= self.every_n_train_iters(runner, self.probe_interval)
-        if self.probe_due and data_batch['inputs']:
+        if self.probe_due and len(data_batch['inputs']):
             check_batch(unwrap(runner.model), runner.optim_wrapper, data_batch)
             self.probe_due = False
 

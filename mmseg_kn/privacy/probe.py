@@ -59,10 +59,16 @@ def _state(model: nn.Module):
 
 
 def _three_samples(data_batch: dict, ignore_index: int) -> list[tuple]:
-    """A sample, a neighbour, and that neighbour with another image and other labels."""
+    """A sample, a neighbour, and that neighbour with another image and other labels.
+
+    A label that is a plain number, or a tensor of one, becomes that of the first sample: no other
+    is known to be one.
+    """
     samples = list(zip(data_batch['inputs'], data_batch['data_samples'], strict=True))[:2]
     samples = (samples + samples)[:2]
     image, data_sample = copy.deepcopy(samples[1])
+    if not hasattr(data_sample, 'items'):
+        return [*samples, (image.max() - image.flip(-1), copy.deepcopy(samples[0][1]))]
     for name, field in data_sample.items():
         if isinstance(field, PixelData):
             left = field.data[..., :field.data.size(-1) // 2]
@@ -72,8 +78,10 @@ def _three_samples(data_batch: dict, ignore_index: int) -> list[tuple]:
 
 def _forward(model: nn.Module, optim_wrapper, samples: list[tuple]) -> Tensor:
     inputs, data_samples = zip(*copy.deepcopy(samples), strict=True)  # padding writes to them
-    data = model.data_preprocessor(dict(inputs=list(inputs), data_samples=list(data_samples)),
-                                   True)
+    labels = list(data_samples)
+    if all(isinstance(label, Tensor) for label in labels):
+        labels = torch.stack(labels)  # as they came
+    data = model.data_preprocessor(dict(inputs=list(inputs), data_samples=labels), True)
     with optim_wrapper.optim_context(model):
         return model.parse_losses(model(**data, mode='loss'))[0]
 

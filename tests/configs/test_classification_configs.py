@@ -1,15 +1,25 @@
-"""The pretraining configs, as far as they go without mmpretrain."""
+"""The classification configs: as they are, and in mmpretrain's hands where that is installed."""
+import pickle
+import re
+
+import numpy as np
 import pytest
 import torch
+from misc import paper_configs
 from mmengine.config import Config
 from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import MODELS, OPTIMIZERS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.runner import CheckpointLoader, Runner
+from pretrain import import_mmpretrain
 from program import ROOT
+from torch import nn
 
 from mmseg_kn import KNResNetClassifier, KNResNetCls
+from mmseg_kn.baselines import ResNetCls
 
 CONFIG_DIR = ROOT / 'configs/classification'
-CONFIGS = sorted(p.stem for p in CONFIG_DIR.glob('*.py'))
+CONFIGS = sorted(p.stem for p in CONFIG_DIR.glob('*.py') if '-dp-' not in p.stem)
+PRIVATE = sorted(p.stem for p in CONFIG_DIR.glob('*-dp-*.py'))
 # The authors' recipes: learning rate, weight decay, epochs.
 RECIPES = {
     '8xb32_in1k': (0.1, 1e-4, 100),
@@ -54,7 +64,7 @@ def test_model(name):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_mmpretrain_builds_it_and_shares_our_checkpoints(name):
-    pytest.importorskip('mmpretrain')
+    import_mmpretrain()
     from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
     cfg = load(name)
     init_default_scope('mmpretrain')
@@ -139,3 +149,173 @@ def test_data(name):
         assert (resize.scale, resize.edge) == (256, 'short')
         assert named(test.dataset.pipeline, 'CenterCrop').crop_size == 224
     assert cfg.val_evaluator == dict(type='Accuracy', topk=(1, 5))
+
+
+# Private training: Table 4 of the paper.
+
+
+def test_there_are_private_configs():
+    assert PRIVATE == ['knresnet18_1xb512-dp-eps8_cifar10'] + [
+        f'{network}_1xb8192-dp-eps8_imagenet32x32'
+        for network in ('knresnet18', 'resnet18-gn', 'resnet18-ln')]
+
+
+@pytest.mark.parametrize('name', PRIVATE)
+def test_private_settings_are_the_authors(name):
+    cfg = load(name)
+    assert cfg.custom_imports.imports == ['mmseg_kn', 'mmseg_kn.privacy', 'mmseg_kn.baselines']
+    assert cfg.default_scope == 'mmpretrain' and dict(type='DPHook') in cfg.custom_hooks
+    table4 = 'imagenet32' in name
+    items, batch = (1_281_167, 8192) if table4 else (50_000, 512)
+    epochs, iterations = (100, items // batch) if table4 else (50, items // batch)
+    assert cfg.train_dataloader.batch_size == batch
+    assert cfg.train_dataloader.batch_sampler == dict(type='PoissonBatchSampler')
+    assert cfg.train_cfg.type == 'DPIterBasedTrainLoop'
+    assert cfg.train_cfg.max_iters == epochs * iterations
+    assert cfg.train_cfg.max_iters % cfg.train_cfg.val_interval == 0
+    assert cfg.train_cfg.max_iters % cfg.default_hooks.checkpoint.interval == 0
+    wrapper = cfg.optim_wrapper
+    assert (wrapper.target_epsilon, wrapper.accountant) == (8, 'rdp')
+    assert (wrapper.target_delta, wrapper.max_grad_norm) == ((8e-7, 2) if table4 else (1e-5, 1))
+    # neither momentum nor weight decay
+    assert wrapper.optimizer == dict(type='SGD', lr=4. if table4 else 1.)
+    assert cfg.param_scheduler == dict(
+        type='MultiStepLR', by_epoch=False, gamma=0.5,
+        milestones=[70 * 156, 90 * 156] if table4 else [4850])
+    # no augmentation, and statistics of ImageNet for the twins alone
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        assert [step.type for step in loader.dataset.pipeline] == ['PackInputs']
+        assert loader.dataset.type == ('ImageNet32' if table4 else 'CIFAR10')
+    assert (cfg.data_preprocessor.std == [255] * 3) == name.startswith('kn')
+
+    torch.manual_seed(0)
+    backbone = MODELS.build(cfg.model.backbone)
+    assert isinstance(backbone, KNResNetCls if name.startswith('kn') else ResNetCls)
+    backbone.init_weights()
+    mish = [m for m in backbone.modules() if isinstance(m, nn.Mish)]
+    assert mish and not any(isinstance(m, nn.ReLU) for m in backbone.modules())
+    conv = backbone.layer3[1].conv1
+    limit = conv.weight[0].numel() ** -0.5  # torch's default: uniform
+    assert conv.weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.02)
+    assert conv.weight.abs().max() <= limit
+    if name.startswith('kn'):
+        assert (backbone.stem.dropout_p, backbone.norm.dropout_p) == (0.05, 0.25)
+    else:
+        groups = {m.num_groups for m in backbone.modules() if isinstance(m, nn.GroupNorm)}
+        assert groups == {32 if '-gn' in name else 1}
+    with torch.no_grad():
+        y, = backbone(torch.rand(1, 3, 32, 32))
+    assert y.shape[1] == cfg.model.head.in_channels
+
+
+# Tables 1 and 2 of the paper: configs that a program writes.
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('paper')
+    return {path.stem: Config.fromfile(path) for path in paper_configs.write(folder, [1, 2])}
+
+
+def test_every_cell_is_written_by_its_name(written):
+    networks = [network for depth in (18, 34, 50) for network in (
+        f'knresnet{depth}', *(f'resnet{depth}-{norm}' for norm in ('bn', 'gn', 'ln')))]
+    assert set(written) == {f'{network}_{data}' for network in networks for data in (
+        '1xb2_cifar100', '1xb32_cifar100', '1xb256_cifar100', '8xb32_in1k')}
+
+
+def test_those_of_kernel_norm_are_the_configs_of_the_repository(written):
+    for name in CONFIGS:
+        mine, theirs = written[name], load(name)
+        assert dict(mine) == dict(theirs), name
+
+
+def test_twins_have_the_authors_settings(written):
+    rates = {name: cfg.optim_wrapper.optimizer.lr for name, cfg in written.items()}
+    for name, rate in {
+            'knresnet50_1xb32_cifar100': .025, 'knresnet34_1xb256_cifar100': .2,
+            'resnet18-bn_1xb2_cifar100': .00078125, 'resnet34-bn_1xb256_cifar100': .1,
+            'resnet18-bn_1xb256_cifar100': .2, 'resnet18-gn_1xb256_cifar100': .1,
+            'resnet50-gn_1xb32_cifar100': .0125, 'resnet18-ln_1xb32_cifar100': .0125,
+            'resnet18-ln_1xb256_cifar100': .05, 'resnet50-ln_1xb2_cifar100': .00078125,
+            'resnet50-ln_8xb32_in1k': .1}.items():
+        assert rates[name] == rate, name
+    for name, cfg in written.items():
+        depth = int(re.search(r'resnet(\d+)', name)[1])
+        imagenet = 'in1k' in name
+        size = re.search(r'xb(\d+)', name)[1]
+        assert cfg.train_dataloader.batch_size == int(size)
+        assert cfg.train_cfg.max_epochs == (100 if imagenet else 150)
+        assert cfg.model.head.num_classes == (1000 if imagenet else 100)
+        if name.startswith('kn'):
+            continue
+        mean, std = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)) if imagenet else (
+            (129.3105, 124.0575, 112.4295), (68.1615, 65.382, 70.431))
+        assert cfg.data_preprocessor.mean == pytest.approx(mean)
+        assert cfg.data_preprocessor.std == pytest.approx(std)
+        with torch.device('meta'):
+            backbone = MODELS.build(cfg.model.backbone)
+            x = torch.zeros(2, 3, *[64 if imagenet else 32] * 2)
+            assert backbone(x)[0].shape == (2, cfg.model.head.in_channels,
+                                            *[2 if imagenet else 4] * 2)
+        assert backbone.depth == depth and backbone.conv1.kernel_size == (
+            (7, 7) if imagenet else (3, 3))
+        norms = [m for m in backbone.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+        groups = {'bn': None, 'gn': 32, 'ln': 1}[name.split('-')[1][:2]]
+        assert all(getattr(norm, 'num_groups', None) == groups for norm in norms)
+        assert not backbone.zero_init_residual
+
+
+# In mmpretrain's hands.
+
+
+def small_run(cfg, folder):
+    """The config as it is, but for data of 24 images and a few iterations."""
+    rng = np.random.default_rng(0)
+    content = dict(data=rng.integers(0, 256, (24, 3072), dtype=np.uint8),
+                   labels=rng.integers(1, 11, 24).tolist())
+    (folder / 'images').write_bytes(pickle.dumps(content))
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.dataset = dict(type='ImageNet32', data_root=str(folder), files=['images'],
+                              pipeline=loader.dataset.pipeline)
+        loader.update(batch_size=8, num_workers=0, persistent_workers=False)
+    cfg.work_dir = str(folder / 'work')
+    cfg.log_level = 'WARNING'
+    cfg.experiment_name = folder.name
+    return cfg
+
+
+@pytest.mark.parametrize('name', ['knresnet18_1xb8192-dp-eps8_imagenet32x32',
+                                  'resnet18-gn_1xb8192-dp-eps8_imagenet32x32'])
+def test_private_training_runs(name, tmp_path):
+    import_mmpretrain()
+    cfg = small_run(load(name), tmp_path)
+    cfg.train_cfg.update(max_iters=2, val_interval=2, max_physical_batch_size=8)
+    cfg.default_hooks.checkpoint.interval = 2
+    torch.manual_seed(0)
+    runner = Runner.from_cfg(cfg)
+    before = {k: v.clone() for k, v in runner.model.state_dict().items()}
+    runner.train()
+    assert 0 < runner.optim_wrapper.epsilon() <= 8
+    assert not torch.equal(before['head.fc.weight'], runner.model.head.fc.weight)
+    assert 'accuracy/top1' in str(runner.message_hub.log_scalars.keys())
+    saved = CheckpointLoader.load_checkpoint(str(tmp_path / 'work/iter_2.pth'))
+    assert saved['meta']['privacy']['history'] and saved['meta']['privacy']['num_items'] == 24
+    if name.startswith('kn'):
+        net = KNResNetClassifier(18, 1000, low_resolution=True, activation='mish')
+        net.load_state_dict(saved['state_dict'])
+
+
+@pytest.mark.parametrize('name', ['knresnet18_1xb2_cifar100', 'resnet18-ln_1xb256_cifar100'])
+def test_training_runs(name, written, tmp_path):
+    import_mmpretrain()
+    cfg = small_run(written[name].copy(), tmp_path)
+    cfg.train_cfg.max_epochs = 1
+    cfg.train_dataloader.num_batch_per_epoch = 2
+    torch.manual_seed(0)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert (tmp_path / 'work/epoch_1.pth').exists()

@@ -11,10 +11,11 @@ REGISTERED = {
     'mmengine.registry.MODELS': {
         'KN': 'KernelNorm2d', 'KernelNorm2d': 'KernelNorm2d', 'KNConv': 'KNConv2d',
         'KNConv2d': 'KNConv2d', 'KNConvNeXt': 'KNConvNeXt', 'KNResNetCls': 'KNResNetCls',
-        'NoNorm': 'NoNorm'},
+        'NoNorm': 'NoNorm', 'ResNetCls': 'ResNetCls'},
     'mmseg.registry.MODELS': {
         name: name for name in ('KNResNet', 'KernelNormalized', 'NormKNResNet',
                                 'PlainPoolASPPHead')},
+    'mmengine.registry.DATASETS': {'ImageNet32': 'ImageNet32'},
     'mmseg.registry.DATASETS': {'KNCityscapesDataset': 'KNCityscapesDataset'},
     'mmengine.registry.HOOKS': {
         name: name for name in ('ChannelsLastHook', 'ClassCheckHook', 'CudaGraphHook',
@@ -34,14 +35,15 @@ EXPORTED = {
                  'KNResNetClassifier', 'KNResNetCls', 'KernelNorm2d', 'conversion_table',
                  'kernelize', 'ops'],
     'mmseg_kn.ops': ['IMPLS', 'chosen_impl', 'kernel_norm2d', 'kn_conv2d'],
-    'mmseg_kn.datasets': ['KNCityscapesDataset'],
+    'mmseg_kn.datasets': ['ImageNet32', 'KNCityscapesDataset'],
     'mmseg_kn.privacy': ['DPHook', 'DPIterBasedTrainLoop', 'DPOptimWrapper', 'GradSampler',
                          'MMDPDistributedDataParallel', 'PoissonBatchSampler'],
 }
 # Modules without __all__, and what configs and scripts take from them.
 IMPORTED = {
     'mmseg_kn': ['__version__'],
-    'mmseg_kn.baselines': ['NoNorm', 'NormConv2d', 'NormKNResNet', 'PlainPoolASPPHead'],
+    'mmseg_kn.baselines': ['NoNorm', 'NormConv2d', 'NormKNResNet', 'PlainPoolASPPHead',
+                           'ResNetCls'],
     'mmseg_kn.fsdp': ['FSDPOptimWrapper', 'ResumableFSDPStrategy', 'wrap_blocks'],
 }
 # What exported and compiled programs call.

@@ -122,6 +122,20 @@ def test_learns_and_repeats_nothing(stripes, tmp_path):
         net.init_weights()
 
 
+def test_private_training(stripes, tmp_path):
+    pytest.importorskip('opacus')
+    log = train(stripes, tmp_path, '--norms', 'KN', '--batch-sizes', 8, '--lr', 0.5, '--epochs', 1,
+                '--activation', 'mish', '--private', 8, '--max-physical-batch-size', 4)
+    assert 'differentially private training: noise multiplier' in log
+    row, = read(tmp_path)
+    assert (row['epsilon'], row['delta'], row['activation']) == ('8.0', '1e-05', 'mish')
+    path, = (tmp_path / 'work_dirs/classifier').glob('KN18_b8_s0-*/iter_4.pth')
+    checkpoint = CheckpointLoader.load_checkpoint(str(path))
+    assert checkpoint['meta']['privacy']['steps'] == 4
+    net = KNResNetClassifier(18, 2, low_resolution=True, activation='mish')
+    net.load_state_dict(checkpoint['state_dict'])
+
+
 @pytest.fixture(scope='module')
 def tool():
     return load_tool(TOOLS / 'train_classifier.py')
@@ -133,7 +147,8 @@ def test_its_backbones_are_the_segmentors(tool, norm, twin):
     """mmengine would leave out weights that do not fit, and train the stem from scratch."""
     cfg = Config.fromfile(
         ROOT / f'configs/deeplabv3/deeplabv3_{twin}-d8_1xb2-400_camvid-160x160.py')
-    args = SimpleNamespace(depth=18, low_resolution=False, zero_init_residual=True)
+    args = SimpleNamespace(depth=18, low_resolution=False, zero_init_residual=True,
+                           activation='relu')
     backbones = tool.build_backbone(norm, args), MODELS.build(cfg.model.backbone)
     given, needed = (b.state_dict() for b in backbones)
     assert {name: given[name].shape for name in needed} == {
@@ -155,6 +170,19 @@ def test_digest_tells_data_apart(tool, stripes, tmp_path):
     assert tool.digest(tool.Images([image], [0])) != tool.digest(tool.Images([image + 1], [0]))
 
 
+@pytest.mark.parametrize('args, message', [
+    (('--private', '8', '--norms', 'KN'), '--private needs --lr and'),
+    (('--private', '8', '--lr', '1'), '--private needs --lr and --norms without BN'),
+    (('--private', '8', '--lr', '1', '--norms', 'KN', '--clip-grad', '1'), 'the place of'),
+    (('--activation', 'mish'), '--activation needs --low-resolution'),
+])
+def test_arguments_that_exclude_each_other(tool, monkeypatch, capsys, args, message):
+    monkeypatch.setattr('sys.argv', ['train_classifier.py', 'digits', *args])
+    with pytest.raises(SystemExit):
+        tool.parse_args()
+    assert message in capsys.readouterr().err
+
+
 def test_accuracy(tool):
     metric = tool.Accuracy()
     metric.process(None, [(1, 1), (0, 2)])
@@ -165,6 +193,7 @@ def test_accuracy(tool):
 def test_learning_rates_are_the_authors(tool):
     assert tool.initial_lr('KN', 32) == .05 and tool.initial_lr('BN', 32) == .025
     assert tool.initial_lr('KN', 2) == .0015625 and tool.initial_lr('BN', 2) == .00078125
+    assert tool.initial_lr('LN', 32) == .0125 and tool.initial_lr('LN', 2) == .0015625
     assert tool.initial_lr('KN', 1) == .0015625 / 2 and tool.initial_lr('GN', 64) == .05
 
 

@@ -12,11 +12,14 @@ settings and of the data; finished runs are kept.
 KN is KNResNet in the authors' geometry for classification; BN, GN (32 groups) and LN (one group)
 are mmseg's ResNetV1c, for low resolution ResNet. The recipe is the authors' for CIFAR-100 at depth
 18, shortened: SGD with momentum 0.9 and weight decay 5e-4; the learning rate falls along a cosine
-to a hundredth and begins with KN 0.05, BN and GN 0.025 at batch 32, KN and GN 0.0015625, BN
-0.00078125 at batch 2 (other batch sizes: in proportion to the nearest of the two; other depths:
---lr). LN runs at GN's rates; at batch 32 that is twice the 0.0125 that the authors give for LN. KN
-takes images in [0, 1], the others shifted and scaled by the training set's mean and standard
-deviation.
+to a hundredth and begins with KN 0.05, BN and GN 0.025, LN 0.0125 at batch 32, KN, GN and LN
+0.0015625, BN 0.00078125 at batch 2 (other batch sizes: in proportion to the nearest of the two;
+other depths: --lr). KN takes images in [0, 1], the others shifted and scaled by the training set's
+mean and standard deviation.
+
+--private EPSILON trains differentially privately (docs/privacy.md): batches of Poisson draws,
+each image's gradient clipped, noise, and no weight decay or momentum. It needs --lr. mean and
+standard deviation of the training set, and all that is printed, are not private.
 
 The checkpoint's keys are mmpretrain's. But for --low-resolution, whose stem is another, it
 initialises a segmentor's backbone, in config or --cfg-options:
@@ -44,15 +47,16 @@ from torch.utils.data import Dataset, default_collate
 import mmseg_kn
 
 # isort: split
-from mmseg.models.backbones import ResNet, ResNetV1c
+from mmseg.models.backbones import ResNetV1c
 
+from mmseg_kn.baselines import ResNetCls
 from mmseg_kn.checkpoints.files import write_atomically
 
 NORM_CFGS = dict(BN=dict(type='BN'), GN=dict(type='GN', num_groups=32),
                  LN=dict(type='GN', num_groups=1))
 LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
                   ('LN', 2): 0.0015625,
-                  ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025, ('LN', 32): 0.025}
+                  ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025, ('LN', 32): 0.0125}
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,6 +78,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--depth', type=int, default=18, choices=(18, 34, 50))
     parser.add_argument('--low-resolution', action='store_true',
                         help='stem for small images: 3x3, stride 1, no pool')
+    parser.add_argument('--activation', default='relu', help="of all networks, e.g. mish, the "
+                        "authors' for private training (%(default)s)")
+    parser.add_argument('--private', type=float, metavar='EPSILON',
+                        help='train differentially privately, to this epsilon')
+    parser.add_argument('--delta', type=float, default=1e-5, help='of --private (%(default)s)')
+    parser.add_argument('--max-grad-norm', type=float, default=1., metavar='NORM',
+                        help='--private: clip the gradient of each image (%(default)s)')
+    parser.add_argument('--max-physical-batch-size', type=int, default=64, metavar='IMAGES',
+                        help='--private: images that pass through the model at once '
+                        '(%(default)s)')
     parser.add_argument('--work-dir', default='work_dirs/classifier', help='(%(default)s)')
     parser.add_argument('--csv', help='file to write results to, one line a run')
     args = parser.parse_args()
@@ -81,6 +95,11 @@ def parse_args() -> argparse.Namespace:
         parser.error('epochs and batch sizes must be positive, crop padding not negative')
     if args.depth != 18 and args.lr is None:
         parser.error('depths 34 and 50 need --lr')
+    if args.private is not None and (args.lr is None or 'BN' in args.norms or args.clip_grad):
+        parser.error("--private needs --lr and --norms without BN, which mixes a batch's images; "
+                     '--max-grad-norm takes the place of --clip-grad')
+    if args.activation != 'relu' and not args.low_resolution and args.norms != ['KN']:
+        parser.error('--activation needs --low-resolution, or --norms KN alone')
     if args.data != 'digits' and not Path(args.data, 'train').is_dir():
         parser.error(f'no folder {args.data}/train; name a folder with train/CLASS/*.png and '
                      'val/CLASS/*.png (tools/benchmarks/street_crops.py makes one), or '
@@ -192,11 +211,12 @@ class Classifier(BaseModel):
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         logits = self.head['fc'](self.backbone(inputs)[-1].mean((2, 3)))
+        if mode == 'tensor':
+            return logits
+        labels = torch.as_tensor(data_samples, device=logits.device)  # a list in private batches
         if mode == 'loss':
-            return dict(loss=F.cross_entropy(logits, data_samples))
-        if mode == 'predict':
-            return list(zip(logits.argmax(1).tolist(), data_samples.tolist(), strict=True))
-        return logits
+            return dict(loss=F.cross_entropy(logits, labels))
+        return list(zip(logits.argmax(1).tolist(), labels.tolist(), strict=True))
 
 
 class Accuracy(BaseMetric):
@@ -214,14 +234,29 @@ class Accuracy(BaseMetric):
 def build_backbone(norm: str, args: argparse.Namespace) -> nn.Module:
     if norm == 'KN':
         return mmseg_kn.KNResNetCls(args.depth, low_resolution=args.low_resolution,
-                                    zero_init_residual=args.zero_init_residual)
-    kind = ResNet if args.low_resolution else ResNetV1c  # whose stem segmentors have
-    backbone = kind(depth=args.depth, out_indices=(3, ), norm_cfg=NORM_CFGS[norm], norm_eval=False,
-                    zero_init_residual=args.zero_init_residual)
+                                    zero_init_residual=args.zero_init_residual,
+                                    activation=args.activation)
     if args.low_resolution:
-        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        backbone.maxpool = nn.Identity()
-    return backbone
+        return ResNetCls(args.depth, NORM_CFGS[norm], low_resolution=True,
+                         activation=args.activation, zero_init_residual=args.zero_init_residual)
+    return ResNetV1c(depth=args.depth, out_indices=(3, ), norm_cfg=NORM_CFGS[norm],  # segmentors'
+                     norm_eval=False, zero_init_residual=args.zero_init_residual)
+
+
+def private_settings(args: argparse.Namespace, iterations: int, lr: float) -> dict:
+    """Of the Runner, in place of those of ordinary training."""
+    import mmseg_kn.privacy  # noqa: F401 (registers what is named below)
+    return dict(
+        train_cfg=dict(type='DPIterBasedTrainLoop', max_iters=iterations, val_interval=iterations,
+                       max_physical_batch_size=args.max_physical_batch_size),
+        optim_wrapper=dict(
+            type='DPOptimWrapper', target_epsilon=args.private, target_delta=args.delta,
+            max_grad_norm=args.max_grad_norm, accountant='rdp',
+            optimizer=dict(type='SGD', lr=lr)),
+        custom_hooks=[dict(type='DPHook')],
+        log_processor=dict(by_epoch=False),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False,
+                                           interval=iterations, save_optimizer=False)))
 
 
 def run(args: argparse.Namespace, sets, settings: dict, folder: Path) -> float:
@@ -237,23 +272,30 @@ def run(args: argparse.Namespace, sets, settings: dict, folder: Path) -> float:
                     sampler=dict(type=DefaultSampler, shuffle=shuffle),
                     collate_fn=default_collate)
 
+    train_loader = loader(train, batch_size, True)
+    training = dict(
+        train_cfg=dict(by_epoch=True, max_epochs=args.epochs),
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=lr, momentum=.9, weight_decay=5e-4),
+            clip_grad=args.clip_grad and dict(max_norm=args.clip_grad)),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=args.epochs,
+                                           save_optimizer=False)))
+    if args.private is not None:
+        training = private_settings(args, iterations, lr)
+        train_loader.update(batch_sampler=dict(type='PoissonBatchSampler'),
+                            collate_fn=dict(type='private_collate'))
     runner = Runner(
         Classifier(build_backbone(norm, args), len(classes), mean, std),
         work_dir=str(folder),
         experiment_name=f'{folder.name}_{time.time_ns()}',
-        train_dataloader=loader(train, batch_size, True),
+        train_dataloader=train_loader,
         val_dataloader=loader(val, 32, False),
-        train_cfg=dict(by_epoch=True, max_epochs=args.epochs),
         val_cfg=dict(),
         val_evaluator=[Accuracy()],
-        optim_wrapper=dict(
-            optimizer=dict(type='SGD', lr=lr, momentum=.9, weight_decay=5e-4),
-            clip_grad=args.clip_grad and dict(max_norm=args.clip_grad)),
         param_scheduler=dict(type='CosineAnnealingLR', T_max=iterations, eta_min=lr / 100,
                              by_epoch=False),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=args.epochs,
-                                           save_optimizer=False)),
-        randomness=dict(seed=seed))
+        randomness=dict(seed=seed),
+        **training)
     runner.train()
     return runner.message_hub.get_scalar('val/accuracy/top1').current()
 
@@ -272,10 +314,16 @@ def result_of(args: argparse.Namespace, sets, norm: str, batch_size: int, seed: 
         lr=args.lr if args.lr is not None else initial_lr(norm, batch_size),
         crop_padding=args.crop_padding, flip=args.flip, clip_grad=args.clip_grad,
         zero_init_residual=args.zero_init_residual)
+    last = f'epoch_{args.epochs}'
+    if args.activation != 'relu':
+        settings['activation'] = args.activation
+    if args.private is not None:
+        last = f'iter_{-(-len(sets[0]) // batch_size) * args.epochs}'
+        settings.update(epsilon=args.private, delta=args.delta, max_grad_norm=args.max_grad_norm)
     digits = short_hash(json.dumps(settings))
     folder = Path(args.work_dir, f'{norm}{args.depth}_b{batch_size}_s{seed}-{digits}')
     file = folder / 'result.json'
-    checkpoint = folder / f'epoch_{args.epochs}.pth'
+    checkpoint = folder / f'{last}.pth'
     if file.exists():
         result = json.loads(file.read_text())
         print(f'{checkpoint}: {result["accuracy"]:.1f} % (kept)')

@@ -1,0 +1,24 @@
+"""mmpretrain beside any torch: what its tests need before they import it."""
+import pytest
+import torch
+
+LIBRARIES = []  # a library lives as long as someone holds it
+
+
+def import_mmpretrain():
+    """mmpretrain, or the test is skipped where it or torchvision is not installed.
+
+    mmpretrain imports torchvision, of which each build fits exactly one build of torch. Where they
+    do not fit, its compiled operators are missing, and its import fails as it describes two of
+    them to torch. To declare these is enough: classification uses none.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pytest.skip('torchvision is not installed')
+    except RuntimeError:  # its operators do not exist
+        library = torch.library.Library('torchvision', 'DEF')
+        for name in ('nms', 'qnms'):
+            library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        LIBRARIES.append(library)
+    return pytest.importorskip('mmpretrain')
