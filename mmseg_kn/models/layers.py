@@ -31,14 +31,18 @@ def _activation_repr(layer: nn.Module) -> str:
 class KernelNorm2d(nn.Module):
     r"""Normalizes every window by its own mean and variance: (x - mean) / sqrt(var + eps).
 
-    No affine parameters and no running statistics; the windows are laid side by side. See
-    :func:`mmseg_kn.ops.kernel_norm2d` for the definition.
+    No affine parameters and no running statistics; the windows are laid side by side, so that an
+    element of several windows comes out once for each, every time normalized otherwise. Its
+    dropout is drawn once and shared by these windows, as in :class:`KNConv2d`; the authors'
+    KernelNorm2d draws for each window by itself. See :func:`mmseg_kn.ops.kernel_norm2d` for the
+    definition.
 
     Args:
         num_features: Channels C of the input.
         kernel_size: Window, int or (h, w); 1 normalizes every position over its channels.
         stride: int or (h, w).
-        padding: int, (h, w) or (left, right, top, bottom).
+        padding: int, (h, w) or (left, right, top, bottom). In the authors' layers a pair is
+            (w, h).
         dropout_p: Dropout of the copy that training takes the statistics of, in [0, 1).
         eps: Added to the variance.
         impl: Implementation, see :func:`mmseg_kn.ops.kn_conv2d`.
@@ -132,7 +136,8 @@ class KNConv2d(nn.Conv2d):
         out_channels: Channels of the output.
         kernel_size: int or (h, w).
         stride: int or (h, w).
-        padding: int, (h, w), (left, right, top, bottom), ``'same'`` or ``'valid'``.
+        padding: int, (h, w), (left, right, top, bottom), ``'same'`` or ``'valid'``. In the
+            authors' layers a pair is (w, h).
         dilation: int or (h, w).
         groups: Groups of the convolution; statistics always span all channels.
         bias: Whether to add a bias.
