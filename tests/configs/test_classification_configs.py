@@ -8,17 +8,19 @@ import torch
 from misc import paper_configs
 from mmengine.config import Config
 from mmengine.model import ImgDataPreprocessor
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, OPTIMIZERS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from pretrain import import_mmpretrain
 from program import ROOT
 from torch import nn
 
-from mmseg_kn import KNResNetClassifier, KNResNetCls
+from mmseg_kn import KNConvNeXt, KNConvNeXtClassifier, KNResNetClassifier, KNResNetCls
 from mmseg_kn.baselines import ResNetCls
 
 CONFIG_DIR = ROOT / 'configs/classification'
-CONFIGS = sorted(p.stem for p in CONFIG_DIR.glob('*.py') if '-dp-' not in p.stem)
+CONFIGS = sorted(p.stem for p in CONFIG_DIR.glob('knresnet*.py') if '-dp-' not in p.stem)
+CONVNEXT, = (p.stem for p in CONFIG_DIR.glob('knconvnext*.py'))
 PRIVATE = sorted(p.stem for p in CONFIG_DIR.glob('*-dp-*.py'))
 # The authors' recipes: learning rate, weight decay, epochs.
 RECIPES = {
@@ -149,6 +151,73 @@ def test_data(name):
         assert (resize.scale, resize.edge) == (256, 'short')
         assert named(test.dataset.pipeline, 'CenterCrop').crop_size == 224
     assert cfg.val_evaluator == dict(type='Accuracy', topk=(1, 5))
+
+
+# KNConvNeXt
+
+
+def test_the_recipe_of_convnext_is_the_authors():
+    cfg = load(CONVNEXT)
+    backbone = MODELS.build(cfg.model.backbone)
+    assert isinstance(backbone, KNConvNeXt) and cfg.model.head.in_channels == backbone.feat_dim
+    assert cfg.train_dataloader.batch_size == 256 and cfg.train_cfg.max_epochs == 600
+    assert cfg.train_dataloader.sampler == dict(
+        type='RepeatAugSampler', num_repeats=4, shuffle=True)
+    train, test = cfg.train_dataloader.dataset.pipeline, cfg.test_dataloader.dataset.pipeline
+    assert named(train, 'RandomResizedCrop').scale == 176
+    assert (named(test, 'ResizeEdge').scale, named(test, 'CenterCrop').crop_size) == (232, 224)
+    assert len(named(train, 'RandAugment').policies) == 14
+    assert named(train, 'RandomErasing').erase_prob == 0.1
+    assert [(a.type, a.alpha) for a in cfg.model.train_cfg.augments] == [
+        ('Mixup', 0.2), ('CutMix', 1.0)]
+    assert cfg.model.head.loss.label_smooth_val == 0.1
+
+    wrapper = build_optim_wrapper(backbone, cfg.optim_wrapper)
+    decays = {id(p): group['weight_decay'] for group in wrapper.param_groups
+              for p in group['params']}
+    norms = {id(p) for m in backbone.modules() if isinstance(m, nn.LayerNorm)
+             for p in m.parameters()}
+    assert all(decays[id(p)] == (0 if id(p) in norms else 0.05) for p in backbone.parameters())
+
+    # What torch's schedulers, as torchvision's script calls them, give each epoch.
+    def optimizer():
+        return torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.001)
+
+    mine, theirs = optimizer(), optimizer()
+    schedulers = [PARAM_SCHEDULERS.build(dict(s, optimizer=mine)) for s in cfg.param_scheduler]
+    lr_scheduler = torch.optim.lr_scheduler
+    reference = lr_scheduler.SequentialLR(theirs, [
+        lr_scheduler.LinearLR(theirs, 0.01, total_iters=5),
+        lr_scheduler.CosineAnnealingLR(theirs, 595)], [5])
+    for epoch in range(600):
+        rate = mine.param_groups[0]['lr']
+        # mmengine's warm-up arrives an epoch earlier.
+        assert rate == pytest.approx(theirs.param_groups[0]['lr'], rel=1e-6, abs=1e-9) or epoch < 5
+        for part in (mine, theirs, *schedulers, reference):
+            part.step()
+    # The weight of the average after an epoch is torchvision's.
+    hook, = cfg.custom_hooks
+    assert hook.momentum == pytest.approx((1 - 0.99998) * 4 * 256 * 32 / 600, rel=3e-3)
+    assert hook.interval == 32
+
+
+def test_mmpretrain_trains_convnext(tmp_path):
+    import_mmpretrain()
+    cfg = load(CONVNEXT)
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    pipeline[:2] = [dict(type='Resize', scale=64)]  # what is read is 32 x 32
+    cfg = small_run(cfg, tmp_path)
+    cfg.val_dataloader.dataset.pipeline = pipeline[:1] + pipeline[-1:]
+    cfg.model.backbone.arch = dict(depths=[1] * 4, channels=(8, 16, 24, 768))
+    cfg.train_cfg.max_epochs = 1
+    cfg.custom_hooks[0].interval = 1
+    torch.manual_seed(0)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert np.isfinite(runner.message_hub.get_scalar('train/loss').data[0]).all()
+    # The plain module takes its checkpoints.
+    net = KNConvNeXtClassifier(cfg.model.backbone.arch)
+    net.load_state_dict(runner.model.state_dict())
 
 
 # Private training: Table 4 of the paper.
