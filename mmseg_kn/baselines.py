@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.registry import MODELS
 from mmseg.models.backbones import ResNet
-from mmseg.models.decode_heads import ASPPHead
+from mmseg.models.decode_heads import ASPPHead, FCNHead
 from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
 
@@ -58,6 +58,20 @@ class PlainPoolASPPHead(ASPPHead):
             nn.AdaptiveAvgPool2d(1),
             ConvModule(self.in_channels, self.channels, 1, conv_cfg=self.conv_cfg,
                        norm_cfg=None, act_cfg=self.act_cfg))
+
+
+@MMSEG_MODELS.register_module()
+class PaperFCNHead(FCNHead):
+    """mmseg's ``FCNHead`` whose dropout is of single elements, as in the paper's Table 3.
+
+    FCNHead drops whole channels, and has no argument for anything else. Arguments, weights and
+    evaluation are as in FCNHead.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if self.dropout is not None:
+            self.dropout = nn.Dropout(self.dropout_ratio)
 
 
 class NormConv2d(nn.Conv2d):

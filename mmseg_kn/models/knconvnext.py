@@ -122,12 +122,12 @@ class KNConvNeXt(BaseModule):
             with 0.4, base and large with 0.5.
         layer_scale_init_value: At which the scale of every block's channels starts; 0: no scale.
         dropout_p: Dropout of the statistics of the downsamplings, in [0, 1); the authors' is 0.1.
-        gap_before_final_norm: Average the last output over all positions before its LayerNorm, as
-            classifiers do; outputs are then (N, C, 1, 1). Needs ``out_indices=(3, )``.
         frozen_stages: How many stages get no gradient, with the layers that open them: 0 or -1
             freezes none, 1 the stem and stage 1. Their statistics are those of evaluation.
         with_cp: Gradient checkpointing of the blocks: less memory, more time.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, or None: from scratch.
+        gap_before_final_norm: Average the last output over all positions before its LayerNorm, as
+            classifiers do; outputs are then (N, C, 1, 1). Needs ``out_indices=(3, )``.
 
     Shape:
         (N, in_channels, H, W) to a tuple of (N, C_i, h_i, w_i) for i in ``out_indices``, where
@@ -150,10 +150,11 @@ class KNConvNeXt(BaseModule):
                  drop_path_rate: float = 0.,
                  layer_scale_init_value: float = 1e-6,
                  dropout_p: float = 0.1,
-                 gap_before_final_norm: bool = False,
                  frozen_stages: int = 0,
                  with_cp: bool = False,
-                 init_cfg: dict | None = None) -> None:
+                 init_cfg: dict | None = None,
+                 *,
+                 gap_before_final_norm: bool = False) -> None:
         super().__init__(init_cfg)
         depths, channels = as_arch(arch)
         if not out_indices or len(set(out_indices)) != len(out_indices) or any(
@@ -271,7 +272,8 @@ class KNConvNeXtClassifier(nn.Module):
                  with_cp: bool = False) -> None:
         super().__init__()
         self.backbone = KNConvNeXt(arch, in_channels, (NUM_STAGES - 1, ), drop_path_rate,
-                                   layer_scale_init_value, dropout_p, True, with_cp=with_cp)
+                                   layer_scale_init_value, dropout_p, with_cp=with_cp,
+                                   gap_before_final_norm=True)
         fc = nn.Linear(self.backbone.feat_dim, num_classes)
         nn.init.trunc_normal_(fc.weight, std=0.02)
         nn.init.zeros_(fc.bias)

@@ -64,8 +64,9 @@ def test_the_network_is_the_authors(name):
             norms[-1].num_channels == 512)
         # torchvision's stem, and stride in the 3x3 convolution.
         assert model.backbone.conv1.kernel_size == (7, 7)
-    # Channels, not elements, are dropped: no argument of mmseg's head says otherwise.
-    assert isinstance(head.dropout, nn.Dropout2d)
+    assert type(head.dropout) is nn.Dropout  # of elements, not of channels
+    assert cfg.custom_imports == dict(
+        imports=['mmseg_kn.baselines'], allow_failed_imports=False)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -13,7 +13,7 @@ REGISTERED = {
         'KNConv2d': 'KNConv2d', 'KNConvNeXt': 'KNConvNeXt', 'KNResNetCls': 'KNResNetCls',
         'NoNorm': 'NoNorm', 'ResNetCls': 'ResNetCls'},
     'mmseg.registry.MODELS': {
-        name: name for name in ('KNResNet', 'KernelNormalized', 'NormKNResNet',
+        name: name for name in ('KNResNet', 'KernelNormalized', 'NormKNResNet', 'PaperFCNHead',
                                 'PlainPoolASPPHead')},
     'mmengine.registry.DATASETS': {'ImageNet32': 'ImageNet32'},
     'mmseg.registry.DATASETS': {'KNCityscapesDataset': 'KNCityscapesDataset'},
@@ -42,8 +42,8 @@ EXPORTED = {
 # Modules without __all__, and what configs and scripts take from them.
 IMPORTED = {
     'mmseg_kn': ['__version__'],
-    'mmseg_kn.baselines': ['NoNorm', 'NormConv2d', 'NormKNResNet', 'PlainPoolASPPHead',
-                           'ResNetCls'],
+    'mmseg_kn.baselines': ['NoNorm', 'NormConv2d', 'NormKNResNet', 'PaperFCNHead',
+                           'PlainPoolASPPHead', 'ResNetCls'],
     'mmseg_kn.fsdp': ['FSDPOptimWrapper', 'ResumableFSDPStrategy', 'wrap_blocks'],
 }
 # What exported and compiled programs call.

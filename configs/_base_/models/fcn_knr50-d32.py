@@ -10,6 +10,7 @@ model = dict(
         strides=(1, 2, 2, 2),
         zero_init_residual=False),
     decode_head=dict(
+        type='PaperFCNHead',
         in_index=0,
         num_convs=1,
         concat_input=False,
