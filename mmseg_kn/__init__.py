@@ -11,7 +11,7 @@ stack.setup()  # before anything below imports mmseg
 from . import datasets, engine, ops  # noqa: E402, F401
 from ._version import __version__  # noqa: E402, F401
 from .checkpoints import safe_load  # noqa: E402
-from .engine import launch  # noqa: E402
+from .engine import binary_tta, launch  # noqa: E402
 from .models import (  # noqa: E402
     KernelNorm2d,
     KNConv2d,
@@ -26,6 +26,7 @@ from .models import (  # noqa: E402
 
 safe_load.setup()
 launch.setup()
+binary_tta.setup()
 
 __all__ = [
     'KNConv2d', 'KNConvNeXt', 'KNConvNeXtClassifier', 'KNResNet', 'KNResNetClassifier',
