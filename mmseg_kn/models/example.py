@@ -19,13 +19,20 @@ def first_tensor(model: nn.Module) -> Tensor:
     return torch.zeros(())
 
 
-def _images(model: nn.Module) -> Iterator[Tensor]:
-    """Black images that the model may take, the cheapest first."""
+def image_channels(model: nn.Module) -> int:
+    """How many channels the images of a segmentor, or of any network, have.
+
+    Its first convolution says so. An attribute ``in_channels`` need not: mmseg's MobileNetV2
+    keeps the channels of its last stage there.
+    """
     backbone = getattr(model, 'backbone', model)
     convs = (m for m in backbone.modules() if isinstance(m, nn.Conv2d))
-    channels = getattr(backbone, 'in_channels', None)
-    if not isinstance(channels, int):
-        channels = getattr(next(convs, None), 'in_channels', 3)
+    return getattr(next(convs, backbone), 'in_channels', 3)
+
+
+def _images(model: nn.Module) -> Iterator[Tensor]:
+    """Black images that the model may take, the cheapest first."""
+    channels = image_channels(model)
     size = getattr(getattr(model, 'data_preprocessor', None), 'size', None) or _USUAL
     for height, width in dict.fromkeys([_SMALL, tuple(size)]):
         yield first_tensor(model).new_zeros(1, channels, height, width)

@@ -158,7 +158,7 @@ def test_int8_predicts_nearly_the_same(folder):
 
 def test_a_file_that_differs_is_removed(tool, folder, monkeypatch):
     """A tracer that keeps the size of its example, as tracers do."""
-    def fixed(deployed, image, fmt, path):
+    def fixed(deployed, image, fmt, path, fixed):
         path.touch()
     monkeypatch.setattr(tool, 'export', fixed)
     monkeypatch.setattr(tool, 'load', lambda fmt, path: lambda image: torch.zeros(
@@ -170,7 +170,7 @@ def test_a_file_that_differs_is_removed(tool, folder, monkeypatch):
 
 def test_nan_is_a_difference(tool, folder, monkeypatch):
     """As of a float16 network that overflows; max(0., nan) is 0."""
-    monkeypatch.setattr(tool, 'export', lambda deployed, image, fmt, path: path.touch())
+    monkeypatch.setattr(tool, 'export', lambda deployed, image, fmt, path, fixed: path.touch())
     monkeypatch.setattr(tool, 'load', lambda fmt, path: lambda image: torch.full(
         (len(image), 19, *image.shape[2:]), float('nan')))
     with pytest.raises(SystemExit, match='differs from the float32 model by nan .* was removed'):
@@ -182,7 +182,7 @@ def test_float16_is_compared_with_float32(tool, folder, monkeypatch, capsys):
     """Here the file is the float16 network itself, from which it does not differ at all."""
     files = {}
 
-    def keep(deployed, image, fmt, path):
+    def keep(deployed, image, fmt, path, fixed):
         path.touch()
         files[path] = deployed
 
@@ -210,7 +210,8 @@ def session():
     """Any network: the label of a pixel is how bright its red is, in 19 steps."""
     class Session:
         def get_inputs(self):
-            return [SimpleNamespace(name='image')]
+            return [SimpleNamespace(name='image', shape=['N', 3, 'H', 'W'],
+                                    type='tensor(uint8)')]
 
         def run(self, names, feeds):
             return [feeds['image'][:, 0].astype(np.int64) * 19 // 256]
@@ -233,7 +234,7 @@ def test_exif_orientation_is_honoured_as_opencv_does(infer_onnx, session, tmp_pa
     image.convert('RGB').save(tmp_path / 'turned.jpg', exif=exif)
     expected = cv2.imread(str(tmp_path / 'turned.jpg'))[..., ::-1]
     assert expected.shape[:2] == ((16, 24) if orientation < 5 else (24, 16))
-    image = Image.open(tmp_path / 'turned.jpg')
+    image = infer_onnx.read(tmp_path / 'turned.jpg', infer_onnx.takes(session))
     pixels = infer_onnx.pixels(image)[0].transpose(1, 2, 0)
     assert pixels.shape == expected.shape and np.allclose(pixels, expected, atol=4)
     labels = infer_onnx.segment(session, image, (48, 48))
@@ -242,11 +243,10 @@ def test_exif_orientation_is_honoured_as_opencv_does(infer_onnx, session, tmp_pa
     assert (abs(labels - truth) <= 1).mean() > 0.8
 
 
-def test_logits_become_labels(infer_onnx):
+def test_logits_become_labels(infer_onnx, session, monkeypatch):
     logits = np.random.default_rng(0).random((1, 5, 6, 9), np.float32)
-    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name='image')],
-                              run=lambda names, feeds: [logits])
-    found = infer_onnx.segment(session, Image.new('RGB', (9, 6)))
+    monkeypatch.setattr(session, 'run', lambda names, feeds: [logits])
+    found = infer_onnx.segment(session, np.zeros((6, 9, 3), np.uint8))
     assert found.dtype == np.uint8 and np.array_equal(found, logits[0].argmax(0))
 
 
@@ -255,7 +255,7 @@ def test_16_bit_grey_images_are_refused(infer_onnx, tmp_path, suffix):
     path = tmp_path / f'deep.{suffix}'
     cv2.imwrite(str(path), np.full((6, 9), 30000, np.uint16))
     with pytest.raises(ValueError, match=rf'8 bits .* got mode I;16 in {path}; convert it'):
-        infer_onnx.pixels(Image.open(path))
+        infer_onnx.read(path, infer_onnx.Takes())
 
 
 @pytest.mark.parametrize(('images', 'message'), [

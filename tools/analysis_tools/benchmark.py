@@ -19,12 +19,12 @@ from mmengine.dataset import pseudo_collate
 import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
 # isort: split
-from mmseg.apis import init_model
 from mmseg.registry import DATASETS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
 
 from config_args import add_config_args, load_config  # noqa: E402
+from segmentors import build_segmentor  # noqa: E402
 
 WARMUP, MOST = 5, 200
 
@@ -64,7 +64,7 @@ def wait_for(device: torch.device) -> None:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    model = init_model(cfg, args.checkpoint, device=args.device)
+    model = build_segmentor(cfg, args.checkpoint, args.device)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     number = min(MOST, len(dataset))
     device = (torch.cuda.get_device_name(args.device) if args.device.type == 'cuda'

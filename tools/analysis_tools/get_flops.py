@@ -26,15 +26,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_kn import KernelNorm2d, KNConv2d
+from mmseg_kn.models.example import image_channels
 from mmseg_kn.ops.geometry import make_geometry
-
-# isort: split
-from mmengine.model import revert_sync_batchnorm
-from mmseg.registry import MODELS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
 
 from config_args import add_config_args, load_config  # noqa: E402
+from segmentors import build_segmentor, logits  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,16 +95,14 @@ def parameters(module: nn.Module) -> int:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    if 'decode_head' not in cfg.model:
-        raise SystemExit(f'{args.config} has no model.decode_head: not a segmentor')
     with torch.device('meta'):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-        image = torch.empty(1, cfg.model.backbone.get('in_channels', 3), *args.shape)
+        model = build_segmentor(cfg, device='meta')
+        image = torch.empty(1, image_channels(model), *args.shape)
     for module in model.modules():
         if isinstance(module, (KernelNorm2d, KNConv2d)):
             module.impl = 'fused'  # triton needs a GPU
     backbone, of_backbone = count(model, lambda: model.extract_feat(image))
-    whole, of_whole = count(model, lambda: model(image, mode='tensor'))
+    whole, of_whole = count(model, lambda: logits(model, image))
 
     rows = [('backbone', parameters(model.backbone), backbone, of_backbone.total()),
             ('decode_head', parameters(model.decode_head), whole - backbone,

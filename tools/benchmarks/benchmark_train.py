@@ -25,17 +25,19 @@ import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
 # isort: split
 from mmengine.optim import build_optim_wrapper
-from mmseg.apis import init_model
 from mmseg.structures import SegDataSample
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mmseg_kn.engine.channels_last_hook import use_channels_last
 from mmseg_kn.engine.cuda_graph_hook import use_cuda_graphs
+from mmseg_kn.models.example import image_channels
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
 
 from config_args import add_config_args, load_config  # noqa: E402
 from memory import kept_by_layer, peak_bytes  # noqa: E402
+from segmentors import build_segmentor, logits  # noqa: E402
 from shared import device_name, giga_multiply_adds, spread, versions, write_csv  # noqa: E402
 
 
@@ -72,10 +74,10 @@ class Contender:
     def __init__(self, path: str, args: argparse.Namespace) -> None:
         self.name = Path(path).stem
         cfg = load_config(path, args.cfg_options)
+        self.model = build_segmentor(cfg, device=args.device)
         # training crops are sized already
-        cfg.model.data_preprocessor.size = tuple(args.shape)
-        cfg.model.test_cfg = dict(mode='whole')
-        self.model = init_model(cfg, device=args.device)
+        self.model.data_preprocessor.size = tuple(args.shape)
+        self.model.data_preprocessor.size_divisor = None
         if args.channels_last:
             use_channels_last(self.model)
         self.graphs = use_cuda_graphs(self.model, training=None) if args.graphs else None
@@ -91,16 +93,20 @@ class Contender:
                                 steps=1, num_items=100 * args.batch_size)
         self.autocast = partial(torch.autocast, args.device.type, torch.bfloat16,
                                 enabled=args.amp)
-        classes = self.model.decode_head.num_classes
         generator = torch.Generator().manual_seed(0)
         samples = []
         for _ in range(args.batch_size):
-            labels = torch.randint(classes, (1, *args.shape), generator=generator)
-            sample = SegDataSample(gt_sem_seg=PixelData(data=labels.to(args.device)))
+            labels = torch.randint(self.model.num_classes, (1, *args.shape),
+                                   generator=generator)
+            labels = labels.to(args.device)
+            sample = SegDataSample(gt_sem_seg=PixelData(data=labels),
+                                   gt_edge_map=PixelData(data=labels.new_zeros(labels.shape)))
             sample.set_metainfo(dict(img_shape=args.shape, ori_shape=args.shape,
                                      pad_shape=args.shape))
             samples.append(sample)
-        images = [torch.randint(256, (3, *args.shape), dtype=torch.uint8, generator=generator)
+        channels = image_channels(self.model)
+        images = [torch.randint(256, (channels, *args.shape), dtype=torch.uint8,
+                                generator=generator)
                   .to(args.device) for _ in samples]
         self.batch = dict(inputs=images, data_samples=samples)
 
@@ -115,7 +121,10 @@ class Contender:
         self.model.eval()
         data = self.model.data_preprocessor(self.batch, training=True)
         with self.autocast():
-            self.model(data['inputs'], mode='tensor')
+            if isinstance(self.model.decode_head, nn.ModuleList):
+                logits(self.model, data['inputs'])  # mode='tensor' knows no point heads
+            else:
+                self.model(data['inputs'], mode='tensor')
 
     def kept_mib(self) -> dict[str, float]:
         """Kept by each layer for the backward pass of a training step."""

@@ -1,27 +1,29 @@
 """What compare_norms.py draws up of its cells: a table, their rows and a figure."""
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from mmengine.config import Config
+from norm_cells import Cell
 from scipy.stats import ttest_1samp
 from shared import giga_multiply_adds
 
-import mmseg_kn  # noqa: F401  first: it lets mmseg import beside mmcv-lite
+from mmseg_kn.models.example import image_channels
 
-# isort: split
-from mmengine.model import revert_sync_batchnorm
-from mmseg.registry import MODELS
-from norm_cells import Cell
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
+
+from segmentors import build_segmentor, logits  # noqa: E402
 
 
 def complexity(cfg: Config) -> tuple[float, float]:
     """Parameters in 10 ** 6, and multiply-adds of one training crop in 10 ** 9."""
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-    size = cfg.model.data_preprocessor.get('size') or cfg.get('crop_size', (512, 1024))
-    macs = giga_multiply_adds(lambda: model(torch.rand(1, 3, *size), mode='tensor'))
+    model = build_segmentor(cfg)
+    size = model.data_preprocessor.size or cfg.get('crop_size', (512, 1024))
+    image = torch.rand(1, image_channels(model), *size)
+    macs = giga_multiply_adds(lambda: logits(model, image))
     return sum(p.numel() for p in model.parameters()) / 1e6, macs
 
 

@@ -14,9 +14,11 @@ META = ('cfg', 'dataset_meta', 'CLASSES', 'PALETTE', 'epoch', 'iter', 'mmengine_
 
 
 def plain(value):
-    """Arrays in dictionaries become lists, which torch.load(weights_only=True) takes."""
+    """Arrays, at any depth, become lists, which torch.load(weights_only=True) takes."""
     if isinstance(value, dict):
         return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
