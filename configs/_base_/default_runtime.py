@@ -18,9 +18,10 @@ tta_model = dict(type='SegTTAModel')
 # The first logs stem_signal, and warns if the stem of a KernelNorm network is
 # lost. The second compares the classes of heads, data and checkpoint. The third
 # warns if kernel normalization does not reach all of the network. The fourth
-# lays feature maps out as the kernels of a GPU want them.
+# warns if a resumed training keeps another schedule, or an epoch never ends.
+# The last lays feature maps out as the kernels of a GPU want them.
 custom_hooks = [
     dict(type='StemSignalHook'), dict(type='ClassCheckHook'),
-    dict(type='PartialNormHook'),
+    dict(type='PartialNormHook'), dict(type='ScheduleCheckHook'),
     dict(type='ChannelsLastHook', device='cuda')
 ]

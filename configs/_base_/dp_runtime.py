@@ -3,7 +3,8 @@ _base_ = './default_runtime.py'
 custom_imports = dict(imports=['mmseg_kn', 'mmseg_kn.privacy'])
 custom_hooks = [
     dict(type='StemSignalHook'), dict(type='ClassCheckHook'),
-    dict(type='PartialNormHook'), dict(type='DPHook')
+    dict(type='PartialNormHook'), dict(type='ScheduleCheckHook'),
+    dict(type='DPHook')
 ]
 # without effect on one GPU
 model_wrapper_cfg = dict(type='MMDPDistributedDataParallel')

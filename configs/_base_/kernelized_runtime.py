@@ -2,5 +2,5 @@
 custom_imports = dict(imports=['mmseg_kn'], allow_failed_imports=False)
 custom_hooks = [
     dict(type='StemSignalHook'), dict(type='ClassCheckHook'),
-    dict(type='PartialNormHook')
+    dict(type='PartialNormHook'), dict(type='ScheduleCheckHook')
 ]

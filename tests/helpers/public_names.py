@@ -20,7 +20,8 @@ REGISTERED = {
     'mmengine.registry.HOOKS': {
         name: name for name in ('ChannelsLastHook', 'ClassCheckHook', 'CudaGraphHook',
                                 'DPHook', 'IterationSeedHook', 'PartialNormHook',
-                                'SafeCheckpointHook', 'StemSignalHook')},
+                                'SafeCheckpointHook', 'ScheduleCheckHook',
+                                'StemSignalHook')},
     'mmengine.registry.OPTIM_WRAPPERS': {'DPOptimWrapper': 'DPOptimWrapper'},
     'mmengine.registry.LOOPS': {'DPIterBasedTrainLoop': 'DPIterBasedTrainLoop'},
     'mmengine.registry.DATA_SAMPLERS': {'PoissonBatchSampler': 'PoissonBatchSampler'},

@@ -18,7 +18,7 @@ class Tiny(BaseModel):
         return dict(loss=error.square().mean()) if mode == 'loss' else error
 
 
-def tiny_runner(work_dir, iterations, **kwargs):
+def tiny_runner(work_dir, iterations, end=10, **kwargs):
     data = [(torch.full((2,), float(i)), torch.ones(1)) for i in range(4)]
     return Runner(
         Tiny(),
@@ -31,12 +31,12 @@ def tiny_runner(work_dir, iterations, **kwargs):
         ),
         train_cfg=dict(by_epoch=False, max_iters=iterations),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
-        param_scheduler=dict(type='PolyLR', end=10, by_epoch=False),
+        param_scheduler=dict(type='PolyLR', end=end, by_epoch=False),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2),
         ),
-        experiment_name=f'{Path(work_dir).name}_{iterations}_{len(kwargs)}',
+        experiment_name=f'{Path(work_dir).name}_{iterations}_{end}_{len(kwargs)}',
         **kwargs,
     )
 

@@ -1,0 +1,56 @@
+"""Tells at the start of a training whether its schedule is the one that the config says."""
+from mmengine.dataset import InfiniteSampler
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop
+
+# What says when a scheduler of mmengine does something.
+_WHEN = ('begin', 'end', 'total_iters', 'T_max', 'step_size', 'milestones')
+
+
+def _schedules(runner) -> list[tuple[str, dict]]:
+    """Name and times of each parameter scheduler."""
+    schedulers = runner.param_schedulers or []
+    if isinstance(schedulers, dict):  # one list for each optimizer
+        schedulers = [scheduler for several in schedulers.values() for scheduler in several]
+    return [(type(scheduler).__name__,
+             {name: getattr(scheduler, name) for name in _WHEN if hasattr(scheduler, name)})
+            for scheduler in schedulers]
+
+
+@HOOKS.register_module()
+class ScheduleCheckHook(Hook):
+    """Warns of two schedules that mmengine follows without a word.
+
+    * A resumed training goes on by the checkpoint's learning rate schedule, whatever the config
+      says. If that is longer, the learning rate stays at its end (mmengine's FlexibleRunner, for
+      FSDP and DeepSpeed, resumes before any hook is asked; there this is not seen).
+    * An epoch ends with the sampler, and ``InfiniteSampler`` never ends: a training by epochs does
+      not validate, save or finish.
+    """
+
+    def __init__(self) -> None:
+        self.configured = []
+
+    def before_run(self, runner) -> None:
+        self.configured = _schedules(runner)  # the checkpoint comes next
+
+    def before_train(self, runner) -> None:
+        differ = []
+        for (name, found), (_, wanted) in zip(_schedules(runner), self.configured, strict=False):
+            if keys := [key for key in found if found[key] != wanted.get(key)]:
+                differ.append(' and '.join(f'{key}={found[key]}, not {wanted.get(key)}'
+                                           for key in keys) + f' in {name}')
+        if differ:
+            runner.logger.warning(
+                'the learning rate follows the schedule of the checkpoint, not that of the '
+                f'config: {"; ".join(differ)}. For the schedule of the config start from the '
+                'weights alone, without --resume: --cfg-options load_from=CHECKPOINT')
+        loader = runner.train_dataloader
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and any(
+                isinstance(getattr(part, 'sampler', None), InfiniteSampler)
+                for part in (loader, loader.batch_sampler)):
+            runner.logger.warning(
+                'the first epoch will never end: train_cfg trains by epochs, and InfiniteSampler '
+                'has no end. Set train_dataloader.sampler.type=DefaultSampler, or train by '
+                'iterations: train_cfg.type=IterBasedTrainLoop with max_iters')
