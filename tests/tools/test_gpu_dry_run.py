@@ -28,6 +28,7 @@ def test_no_kernel_spills(rows):
     assert max(values(rows, 'spills')) == 0
     registers = [value for (name, _), value in rows.items() if name.startswith('registers_')]
     assert len(registers) >= 16 and max(registers) <= 255
+    assert len(values(rows, 'registers_most')) == 5  # of other layers, which compile as well
 
 
 def test_launches_of_a_layer(rows):

@@ -16,7 +16,7 @@ Rows are metric, case, value:
     variants_one_size       kernels that a training of a network compiles
     variants_ten_sizes      ... of ten sizes of images
     min_load_bits_C         the narrowest access of a thread to a map of C channels
-    registers_KERNEL        of a thread, of 255
+    registers_KERNEL        of a thread, of 255; registers_most of the kernels of other layers
     instructions_KERNEL     in its loop over channels, for each element
     shuffles_KERNEL         ... of these, exchanges between threads
     spills                  bytes of registers that did not fit, over all these kernels
@@ -190,6 +190,32 @@ def read_machine_code(channels: int):
     yield 'spills', f'{channels} channels', spills
 
 
+def compile_others():
+    """Layers, dtypes and memory formats that are no rule: that they compile at all."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    usual, last = torch.contiguous_format, torch.channels_last
+    for name, channels, size, dtype, layout, layer in (
+            ('stem', 3, (64, 64), bfloat16, usual, mmseg_kn.KNConv2d(3, 64, 7, 2, 3)),
+            ('groups, strided', 8, (9, 9), float32, usual,
+             mmseg_kn.KNConv2d(8, 12, 3, 2, 1, groups=4)),
+            ('p = 0', 33, (9, 8), float32, last, mmseg_kn.KNConv2d(33, 66, 3, dropout_p=0.0)),
+            ('pixels beyond int32', 4, (32768, 16385), bfloat16, last,
+             mmseg_kn.KNConv2d(4, 4, 2, activation='relu')),
+            ('KernelNorm2d, p = 0', 4, (9, 8), float32, usual,
+             mmseg_kn.KernelNorm2d(4, dropout_p=0.0))):
+        layer.impl = 'triton'
+        x = torch.empty(2, channels, *size, device='meta', dtype=dtype).contiguous(
+            memory_format=layout).requires_grad_()
+        for kernel in triton_passes.KERNELS:
+            kernel.device_caches.clear()
+        with fake_gpu.Operations():
+            y = layer.to('meta', dtype)(x)
+            torch.autograd.grad(y, [x, *layer.parameters()], torch.empty_like(y))
+        variants = fake_gpu.compiled_variants(*triton_passes.KERNELS)
+        yield ('registers_most', name,
+               max(fake_gpu.resources(variant)[0] for variant in variants))
+
+
 def time_host(driver: fake_gpu.FakeDriver, rounds: int):
     """Interleaved, on tensors of the CPU whose convolutions cost little."""
     driver.launches = None
@@ -228,7 +254,7 @@ def main() -> None:
     driver = fake_gpu.install()
     torch.set_num_threads(1)
     parts = [count_layer(driver, args.list), *map(count_variants, args.depths),
-             *map(read_machine_code, args.channels)]
+             *map(read_machine_code, args.channels), compile_others()]
     if args.rounds:
         parts.append(time_host(driver, args.rounds))
     rows = []
