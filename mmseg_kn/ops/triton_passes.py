@@ -29,7 +29,7 @@ INTERPRETED = not isinstance(triton_forward.moments, triton.JITFunction)
 def _launch(kernel, tensor: Tensor, grid: tuple, *args, **constants) -> None:
     if grid[0] == 0 or grid[-1] == 0:
         return
-    if tensor.is_cuda:
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):  # triton launches on the current one
             kernel[grid](*args, **constants)
     else:
