@@ -26,19 +26,20 @@ import torch.distributed as dist
 from mmcv.cnn import build_conv_layer
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
-from mmengine.dataset import Compose
-from mmengine.optim import OptimWrapper
+from mmengine.dataset import Compose, InfiniteSampler
+from mmengine.optim import OptimWrapper, PolyLR
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import mmcv_full_available
+from mmseg.engine import SegVisualizationHook
 from mmseg.evaluation import IoUMetric
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.models.decode_heads import ASPPHead, FCNHead
 from mmseg.models.losses import CrossEntropyLoss
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, METRICS
 from mmseg.registry import MODELS as MMSEG_MODELS
 from mmseg.structures import SegDataSample
 from pages import PAGES
@@ -52,6 +53,7 @@ from mmseg_kn.datasets.pipeline_loaders import load, loaders_of
 from mmseg_kn.engine.class_check_hook import ClassCheckHook
 from mmseg_kn.engine.class_checks import class_fault, setting_faults
 from mmseg_kn.engine.safe_checkpoint_hook import SafeCheckpointHook, _explained
+from mmseg_kn.engine.schedule_check_hook import ScheduleCheckHook
 from mmseg_kn.privacy.optim_wrapper import DPOptimWrapper
 
 MIM = Path(mmseg.__file__).parent / '.mim'
@@ -153,7 +155,7 @@ def settings():
               for name in inspect.signature(kind).parameters}
     found |= {f'model.backbone.init_cfg.{name}' for name in ('type', 'checkpoint', 'prefix')}
     return found | {'default_hooks.channels_last.type', 'default_hooks.graphs.type',
-                    'env_cfg.dist_cfg.timeout'}
+                    'default_hooks.visualization.interval', 'env_cfg.dist_cfg.timeout'}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -265,6 +267,8 @@ def load_config(body, file):
 @pytest.mark.parametrize('name', WITH_PYTHON)
 def test_python_blocks(name, started, tmp_path, monkeypatch):
     page = ROOT / name
+    if 'import tifffile' in page.read_text():
+        pytest.importorskip('tifffile')
     for link in ('tools', 'configs', 'data'):
         (tmp_path / link).symlink_to(started[0] / link)
     config = next((ROOT / 'configs').glob('*/*toy-cityscapes*.py'))
@@ -573,8 +577,14 @@ def pooling_branch(**kwargs):
     head.forward([torch.rand(1, 4, 8, 8)])
 
 
-def loss(label):
-    CrossEntropyLoss()(torch.zeros(1, 19, 2, 2), label)
+def loss(label, **settings):
+    CrossEntropyLoss(**settings)(torch.zeros(1, 19, 2, 2), label, ignore_index=255)
+
+
+def no_labels():
+    metric = IoUMetric()
+    metric.dataset_meta = dict(classes=('ground', 'object'))
+    metric.process({}, [dict(pred_sem_seg=dict(data=torch.zeros(1, 2, 2)))])
 
 
 def training_checkpoint():
@@ -616,6 +626,11 @@ THEIRS = {
     'is not a subset of classes':
         lambda: cityscapes(metainfo=dict(classes=('ground', 'object'))),
     'Target 21 is out of bounds': lambda: loss(torch.full((1, 2, 2), 21)),
+    'got an unexpected keyword argument': lambda: MMSEG_MODELS.build(
+        dict(type='KNResNet', depth=18, norm_cfg=dict(type='BN'))),
+    'index 255 is out of bounds for dimension 0 with size 19':
+        lambda: loss(torch.full((1, 2, 2), 255), class_weight=[1.] * 19),
+    "KeyError: 'gt_sem_seg'": no_labels,
     'only batches of spatial targets supported (3D tensors) but got targets of dimension: 4':
         lambda: loss(torch.zeros(1, 3, 2, 2, dtype=torch.long)),
     'persistent_workers option needs num_workers > 0':
@@ -634,10 +649,71 @@ def test_messages_of_others(message, tmp_path, monkeypatch):
         pytest.skip('does not occur here')
     assert f'### `{message}`' in TROUBLE
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Exception, match=re.escape(message)):
+    text = message.removeprefix('KeyError: ')
+    with pytest.raises(KeyError if 'KeyError' in message else Exception, match=re.escape(text)):
         THEIRS[message]()
 
 
 def test_a_norm_cfg_left_beside_knconv():
     with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
         pooling_branch(conv_cfg=dict(type='KNConv'))
+
+
+# mmseg's own traps: what the page advises, tried
+
+
+def test_warnings_about_schedules():
+    """Both in one text, as the page has them."""
+    weights = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1.)
+    ends = [[PolyLR(weights, end=end, by_epoch=False)] for end in (160000, 80000)]
+    runner = mock.Mock(train_loop=mock.Mock(spec=EpochBasedTrainLoop), param_schedulers=ends[0])
+    runner.train_dataloader.sampler = InfiniteSampler([1])
+    hook = ScheduleCheckHook()
+    hook.before_run(runner)
+    runner.param_schedulers = ends[1]
+    hook.before_train(runner)
+    said = [call.args[0] for call in runner.logger.warning.call_args_list]
+    assert len(said) == 2 and all(f' {text} ' in ' '.join(TROUBLE.split()) for text in said)
+
+
+def block(title):
+    """The first Python block below a heading."""
+    return FENCE.search(TROUBLE.split(f'### {title}\n')[1])[2]
+
+
+def test_class_weights_and_void_pixels():
+    namespace = {}
+    with mock.patch.dict(MMSEG_MODELS._module_dict):
+        exec(block('`index 255 is out of bounds for dimension 0 with size 19`'), namespace)
+    loss = namespace['WeightedCrossEntropyLoss'](class_weight=[1., 3.], loss_weight=0.5)
+    score = torch.randn(1, 2, 1, 3)
+    found = loss(score, torch.tensor([[[0, 1, 255]]]), weight=None, ignore_index=255)
+    first, second = score.log_softmax(1)[0, [0, 1], 0, [0, 1]]
+    torch.testing.assert_close(found, -0.5 * (first + 3 * second) / 4)
+
+
+def test_a_test_set_without_labels(started, tmp_path, monkeypatch):
+    for name in ('configs', 'data'):
+        (tmp_path / name).symlink_to(started[0] / name)
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(block("`KeyError: 'gt_sem_seg'`"), tmp_path / 'config.py')
+    data = dict(cfg.test_dataloader.dataset, data_root='data/toy_cityscapes',
+                data_prefix=dict(img_path='leftImg8bit/val', seg_map_path='gtFine/test'))
+    sample = DATASETS.build(data)[0]['data_samples']
+    metric = METRICS.build(cfg.test_evaluator)
+    metric.dataset_meta = dict(classes=('ground', 'object'))
+    prediction = torch.tensor([[[0., 1.], [18., 3.]]])
+    metric.process({}, [dict(img_path=sample.img_path, pred_sem_seg=dict(data=prediction))])
+    written, = Path('work_dirs/labels').iterdir()
+    assert written.stem == Path(sample.img_path).stem
+    assert np.array_equal(cv2.imread(str(written), cv2.IMREAD_UNCHANGED), prediction[0])
+
+
+def test_show_dir_draws_every_fiftieth():
+    for settings, number in ((dict(), 1), (dict(interval=1), 60)):
+        with mock.patch('mmengine.visualization.Visualizer.get_current_instance') as visualizer, \
+                mock.patch('mmengine.fileio.get'), mock.patch('mmcv.imfrombytes'):
+            hook = SegVisualizationHook(draw=True, **settings)
+            for i in range(60):
+                hook.after_test_iter(mock.Mock(), i, {}, [mock.Mock(img_path='a.png')])
+        assert visualizer().add_datasample.call_count == number

@@ -206,7 +206,8 @@ def test_onnx(call, folders, tmp_path, kind, channels, classes, args):
         check_quantized(call, out, files, tmp_path)
     if kind == 'psp':
         with pytest.raises(ValueError, match=r'images of \(32, 64\) only, got --size \(16, 16\)'):
-            call(DEPLOYMENT / 'infer_onnx.py', out, *files, '--size', 16, 16)
+            call(DEPLOYMENT / 'infer_onnx.py', out, *files, '--size', 16, 16, '--out-dir',
+                 tmp_path / 'other')
 
 
 def check_quantized(call, net, files, folder):
