@@ -29,7 +29,7 @@ class Row(NamedTuple):
     became: str
 
 
-def _is_kind(module: nn.Module, kinds: Iterable[str]) -> bool:
+def is_kind(module: nn.Module, kinds: Iterable[str]) -> bool:
     return any(type(module).__name__ == cls if isinstance(cls, str) else isinstance(module, cls)
                for kind in kinds for cls in KINDS[kind])
 
@@ -59,10 +59,10 @@ def kernelize(model: nn.Module,
         example: An input of the model, a tuple of its arguments, or a function that is given the
             model and runs it. By default a black image.
         calibrate: Images of a trained BatchNorm network: a data loader of mmseg or an iterable of
-            inputs. The layers are scaled and shifted such that their outputs have the mean and
-            deviation that those of the BatchNorm network have on these images; all of them are
-            held in memory at once. Do not take private images: the result depends on them, which
-            the account of private training does not count.
+            inputs. The layers are fitted to the outputs of the BatchNorm network on these images,
+            see :class:`mmseg_kn.models.calibrate.Calibration`; all of them are held in memory at
+            once. Do not take private images: the result depends on them, which the account of
+            private training does not count.
 
     Returns:
         The model; a new module only where ``model`` itself is a BatchNorm.
@@ -74,7 +74,7 @@ def kernelize(model: nn.Module,
     if isinstance(norms, str) or unknown:
         raise ValueError(f'norms must be a tuple of {tuple(KINDS)}, got {norms!r}')
     names = {module: name for name, module in model.named_modules()}
-    found = [module for module in names if _is_kind(module, norms)]
+    found = [module for module in names if is_kind(module, norms)]
     for module in model.modules():
         if getattr(module, 'efficient_conv_bn_eval_forward', None) is not None:
             module.turn_on_efficient_conv_bn_eval(False)  # it would bypass BatchNorm

@@ -1,5 +1,6 @@
 """Conversion of built models to kernel normalization."""
 import copy
+import runpy
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from program import ROOT, execute
+from program import ROOT
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from toy_cityscapes import generate
@@ -424,17 +425,30 @@ def test_settings_beside_the_model():
 # A whole training
 
 
-def test_train_and_test(tmp_path):
+def test_train_resume_and_test(tmp_path, monkeypatch):
+    """By the tools, in this process: what a converted network adds is not how they start."""
     generate(tmp_path / 'scenes', train=2, val=1, size=SIZE)
     write_configs(tmp_path)
-    options = [*options_for(tmp_path / 'scenes', converted=True), 'train_cfg.max_iters=2',
-               'train_cfg.val_interval=2']
-    log = execute(ROOT / 'tools/train.py', 'kn.py', '--work-dir', 'work', *options, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+
+    def call(tool, *args):
+        monkeypatch.setattr('sys.argv', [tool, *args, '--work-dir', tool, *options_for(
+            tmp_path / 'scenes', converted=True), f'train_cfg.max_iters={iterations}'])
+        runpy.run_path(str(ROOT / f'tools/{tool}.py'), run_name='__main__')
+        return max(Path(tool).glob('*/*.log')).read_text()
+
+    iterations = 2
+    log = call('train', 'kn.py')
     assert 'Iter(train) [2/2]' in log and 'partly kernel-normalized' not in log
-    log = execute(ROOT / 'tools/test.py', 'kn.py', 'work/iter_2.pth', *options, cwd=tmp_path)
+    iterations = 4
+    log = call('train', 'kn.py', '--resume')
+    assert 'Iter(train) [3/4]' in log and 'Iter(train) [1/4]' not in log and 'mIoU' in log
+    log = call('test', 'kn.py', 'train/iter_4.pth', '--tta')
     assert 'mIoU' in log and 'unexpected key' not in log and 'missing key' not in log
     from mmseg.apis import MMSegInferencer, inference_model, init_model
-    config, checkpoint = str(tmp_path / 'kn.py'), str(tmp_path / 'work/iter_2.pth')
+    config, checkpoint = str(tmp_path / 'kn.py'), str(tmp_path / 'train/iter_4.pth')
     image = str(next(tmp_path.rglob('*_leftImg8bit.png')))
     model = init_model(config, checkpoint, device='cpu')
     assert any(isinstance(module, KNConv2d) for module in model.modules())

@@ -1,15 +1,21 @@
 """Turns a trained BatchNorm network into a KernelNorm network that starts near its function.
 
-The convolutions keep their filters. Layer by layer, scale and shift of each channel are set such
-that its outputs have the mean and deviation of the BatchNorm network's, on images of CONFIG's
-train_dataloader, without their labels:
+Layer by layer, the filters are fitted by least squares to what the BatchNorm network puts out on
+images of CONFIG's train_dataloader, without their labels; then each channel's mean and deviation
+are made those of the BatchNorm network:
 
     python tools/model_converters/batchnorm2kernelnorm.py CONFIG CHECKPOINT OUT.pth
 
 OUT.pth loads into model = dict(_delete_=True, type='KernelNormalized', model={{_base_.model}})
-over CONFIG, in train.py (load_from) and test.py. All images are held in memory at once, with
-their feature maps. OUT.pth depends on them, which the account of private training does not count:
-for that, take public images, train_dataloader.dataset.data_root of --cfg-options.
+over CONFIG, in train.py (load_from) and test.py. With --backbone, CHECKPOINT and OUT.pth are those
+of the backbone alone, and OUT.pth is what pretrained= of CONFIG's model names then:
+
+    python tools/model_converters/batchnorm2kernelnorm.py CONFIG open-mmlab://resnet50_v1c \\
+        OUT.pth --backbone
+
+All images are held in memory at once, with their feature maps. OUT.pth depends on them, which the
+account of private training does not count: for that, take public images,
+train_dataloader.dataset.data_root of --cfg-options.
 """
 import argparse
 import io
@@ -26,7 +32,7 @@ from mmseg_kn.models.kernel_normalized import model_and_options
 # isort: split
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import Runner, load_checkpoint, set_random_seed
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint, set_random_seed
 from mmseg.registry import MODELS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
@@ -38,10 +44,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_args(parser, 'config of the BatchNorm model, or of KernelNormalized over it')
-    parser.add_argument('checkpoint', help='checkpoint of the BatchNorm model')
+    parser.add_argument('checkpoint', help='of the BatchNorm model: a file, or what mmengine '
+                        'downloads, as open-mmlab://resnet50_v1c')
     parser.add_argument('out', help='file to write')
-    parser.add_argument('--num-images', type=int, default=64,
+    parser.add_argument('--num-images', type=int, default=128,
                         help='how many crops to calibrate on (%(default)s)')
+    parser.add_argument('--backbone', action='store_true',
+                        help='convert the backbone alone, of which CHECKPOINT is')
     args = parser.parse_args()
     if args.num_images < 1:
         parser.error(f'--num-images must be at least 1, got {args.num_images}')
@@ -61,8 +70,19 @@ def train_images(cfg: Config, number: int) -> Iterator[dict]:
             return
 
 
-def convert(cfg: Config, checkpoint: str, number: int) -> tuple[torch.nn.Module, dict]:
-    """The converted model, and the meta data of the checkpoint that still hold."""
+def load_backbone(backbone: torch.nn.Module, checkpoint: str) -> None:
+    """Loads a backbone's checkpoint; the classifier that it was trained with is left out."""
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
+    missing = backbone.load_state_dict(loaded.get('state_dict', loaded), strict=False).missing_keys
+    if missing:
+        raise ValueError(f"CHECKPOINT must hold the backbone of CONFIG, got none of {missing[:3]} "
+                         'and others; name a config of its network, or leave --backbone out for '
+                         'the checkpoint of a segmentor')
+
+
+def convert(cfg: Config, checkpoint: str, number: int, backbone: bool = False
+            ) -> tuple[torch.nn.Module, dict]:
+    """The converted model or backbone, and the meta data of the checkpoint that still hold."""
     model, options = cfg.model, {}
     if model.type == 'KernelNormalized':
         model, options = model_and_options(
@@ -70,6 +90,11 @@ def convert(cfg: Config, checkpoint: str, number: int) -> tuple[torch.nn.Module,
     if model.get('data_preprocessor') is None:
         model = dict(model, data_preprocessor=cfg.data_preprocessor)
     model = MODELS.build(model).to(get_device())
+    if backbone:
+        load_backbone(model.backbone, checkpoint)
+        images = (model.data_preprocessor(batch, True)['inputs']
+                  for batch in train_images(cfg, number))
+        return mmseg_kn.kernelize(model.backbone, calibrate=images, **options).cpu(), {}
     loaded = load_checkpoint(model, checkpoint, 'cpu', strict=True)
     mmseg_kn.kernelize(model, calibrate=train_images(cfg, number), **options)
     meta = loaded.get('meta') or {}
@@ -80,7 +105,7 @@ def main() -> None:
     args = parse_args()
     try:
         cfg = load_config(args.config, args.cfg_options)
-        model, meta = convert(cfg, args.checkpoint, args.num_images)
+        model, meta = convert(cfg, args.checkpoint, args.num_images, args.backbone)
         buffer = io.BytesIO()
         torch.save(dict(meta=meta, state_dict=model.state_dict()), buffer)
         write_atomically(args.out, buffer.getbuffer())
