@@ -164,6 +164,25 @@ def test_point_sample_works():
     torch.testing.assert_close(point_sample(image, point), torch.tensor([[[7.5]]]))
 
 
+def test_a_config_of_mmseg_is_converted_by_two_lines(tmp_path):
+    """_base_ as docs/any_model.md has it, which names mmseg's file on either stack."""
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import MODELS
+
+    import mmseg_kn
+
+    page = (ROOT / 'docs/any_model.md').read_text().split("## mmseg's own configs")[1]
+    config = tmp_path / 'config.py'
+    config.write_text(page.split('```python\n')[1].split('```')[0])
+    cfg = Config.fromfile(config)
+    with torch.device('meta'), DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    layers = [type(layer) for layer in model.modules()]
+    assert layers.count(mmseg_kn.KNConv2d) == 41
+    assert not any(issubclass(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in layers)
+
+
 def test_collect_env_works():
     from mmcv.utils import collect_env
 

@@ -143,6 +143,23 @@ def test_training_from_a_config_of_ones_own(shell, options, tmp_path):
     assert 'dropout_p=0.125' in used and "type='KNResNet'" in used
 
 
+def test_a_config_of_mmseg_is_converted(shell, tmp_path):
+    """From configs/kernelized of the wheel, over the configs that mmseg's own wheel carries."""
+    build = """
+import sys, torch
+from mmengine.config import Config
+import mmseg_kn
+from mmengine.registry import MODELS, DefaultScope
+cfg = Config.fromfile(sys.argv[1])
+with torch.device('meta'), DefaultScope.overwrite_default_scope('mmseg'):
+    print(mmseg_kn.conversion_table(MODELS.build(cfg.model)))
+"""
+    (tmp_path / 'build.py').write_text(build)
+    config = '$MIM/configs/kernelized/stdc1-kn_4xb12-80k_cityscapes-512x1024.py'
+    table = shell(f'python build.py {config}', cwd=tmp_path)
+    assert table.count('became') == 1 and table.count('KNConv2d ') == 41
+
+
 def test_every_tool_runs_where_it_lies(shell, tmp_path):
     (tmp_path / 'show_help.py').write_text(HELP)
     find = 'grep -rl "^if __name__" --include=*.py $MIM/tools'

@@ -21,6 +21,7 @@ from program import ROOT, execute  # noqa: E402
 from short_training import SHORT  # noqa: E402
 from toy_cityscapes import generate  # noqa: E402
 
+from mmseg_kn import KNConv2d  # noqa: E402
 from mmseg_kn.privacy import DPIterBasedTrainLoop, DPOptimWrapper, PoissonBatchSampler  # noqa: E402
 from mmseg_kn.privacy.checks import check_dataset, check_module, check_training  # noqa: E402
 
@@ -281,6 +282,24 @@ def test_reverted_sync_bn_is_found():
     net = revert_sync_batchnorm(nn.Sequential(nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4)))
     with pytest.raises(ValueError, match='statistics over the batch'):
         check_module('1', net[1])
+
+
+def test_a_converted_network_trains(cfg):
+    """A whole training, with the probe on its first batch, of what had BatchNorm."""
+    norm = dict(type='BN')
+    head = dict(conv_cfg=None, norm_cfg=norm, act_cfg=dict(type='ReLU'))
+    cfg.model.backbone = dict(type='ResNetV1c', depth=18, stem_channels=8, base_channels=8,
+                              norm_cfg=norm, num_stages=2, strides=(1, 2),
+                              dilations=(1, 1), out_indices=(0, 1))
+    cfg.model.decode_head.update(in_channels=16, **head)
+    cfg.model.auxiliary_head.update(in_channels=8, **head)
+    cfg.model = dict(type='KernelNormalized', model=cfg.model)
+    cfg.train_dataloader.batch_size = 8  # the first batch has every image
+    runner = train(cfg)
+    assert runner.iter == 4
+    assert sum(isinstance(m, KNConv2d) for m in runner.model.modules()) == 17
+    assert 0 < runner.message_hub.get_scalar('train/epsilon').current() < float('inf')
+    assert all(p.isfinite().all() for p in runner.model.parameters())
 
 
 def log_of(folder):
