@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..models.knconvnext import ARCHS, KNConvNeXtClassifier
+from ..models.knconvnext import ARCHS
+from ..models.knconvnext_cls import KNConvNeXtClassifier
 from .diagnose import owner_of
 from .renaming import check_shapes, check_weights, copied
 
