@@ -48,7 +48,7 @@ from settings import flat
 from short_training import SHORT
 from torch.nn.modules._functions import SyncBatchNorm
 
-from mmseg_kn import KNConv2d, KNResNet, KNResNetCls, stack
+from mmseg_kn import KNConv2d, KNConvNeXt, KNResNet, KNResNetCls, stack
 from mmseg_kn.datasets.pipeline_loaders import load, loaders_of
 from mmseg_kn.engine.class_check_hook import ClassCheckHook
 from mmseg_kn.engine.class_checks import class_fault, setting_faults
@@ -537,6 +537,10 @@ OURS = {
     'norm-torch': lambda: load_backbone(18, {'block0.0.weight': torch.ones(1)}),
     'stem': lambda: load_backbone(18, KNResNetCls(18, low_resolution=True).state_dict()),
     'depth': lambda: load_backbone(50, KNResNet(18, out_indices=(2, 3)).state_dict()),
+    'activation': lambda: KNResNet(18, out_indices=(0, )).load_state_dict(
+        KNResNet(18, out_indices=(0, ), activation='mish').state_dict()),
+    'ConvNeXt': lambda: KNConvNeXt('tiny', out_indices=(0, )).load_state_dict(
+        {'features.0.0.weight': torch.ones(1), 'features.1.0.block.0.weight': torch.ones(1)}),
     'refused': lambda: load_file('other.pth', dict(meta=Command())),
     'command line': lambda: load_file('norm_torch.pth', argparse.Namespace(a=1)),
     'memory': lambda: load_file('swollen.pth', Swollen()),
