@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .models.activation import activation_name, build_activation
 from .models.knresnet import KNResNet
 from .models.layers import KernelNorm2d, KNConv2d
+from .models.preact_resnet import PreActResNetCls  # noqa: F401 (configs name it by this module)
 from .ops.geometry import make_geometry
 
 

@@ -289,8 +289,11 @@ def written(tmp_path_factory):
 def test_every_cell_is_written_by_its_name(written):
     networks = [network for depth in (18, 34, 50) for network in (
         f'knresnet{depth}', *(f'resnet{depth}-{norm}' for norm in ('bn', 'gn', 'ln')))]
-    assert set(written) == {f'{network}_{data}' for network in networks for data in (
-        '1xb2_cifar100', '1xb32_cifar100', '1xb256_cifar100', '8xb32_in1k')}
+    cifar100 = ['1xb2_cifar100', '1xb32_cifar100', '1xb256_cifar100']
+    cells = {f'{network}_{data}' for network in networks for data in (*cifar100, '8xb32_in1k')}
+    cells |= {f'preact{network}_{data}' for network in networks if 'kn' not in network
+              for data in cifar100}
+    assert set(written) == cells and len(cells) == 63 + 12
 
 
 def test_those_of_kernel_norm_are_the_configs_of_the_repository(written):
@@ -307,7 +310,9 @@ def test_twins_have_the_authors_settings(written):
             'resnet18-bn_1xb256_cifar100': .2, 'resnet18-gn_1xb256_cifar100': .1,
             'resnet50-gn_1xb32_cifar100': .0125, 'resnet18-ln_1xb32_cifar100': .0125,
             'resnet18-ln_1xb256_cifar100': .05, 'resnet50-ln_1xb2_cifar100': .00078125,
-            'resnet50-ln_8xb32_in1k': .1}.items():
+            'preactresnet34-bn_1xb2_cifar100': .000390625,
+            'preactresnet50-bn_1xb256_cifar100': .2, 'preactresnet50-gn_1xb32_cifar100': .025,
+            'preactresnet50-ln_1xb2_cifar100': .0015625, 'resnet50-ln_8xb32_in1k': .1}.items():
         assert rates[name] == rate, name
     for name, cfg in written.items():
         depth = int(re.search(r'resnet(\d+)', name)[1])
@@ -327,12 +332,12 @@ def test_twins_have_the_authors_settings(written):
             x = torch.zeros(2, 3, *[64 if imagenet else 32] * 2)
             assert backbone(x)[0].shape == (2, cfg.model.head.in_channels,
                                             *[2 if imagenet else 4] * 2)
-        assert backbone.depth == depth and backbone.conv1.kernel_size == (
-            (7, 7) if imagenet else (3, 3))
+        stem = backbone.stem if name.startswith('preact') else backbone.conv1
+        assert backbone.depth == depth and stem.kernel_size == ((7, 7) if imagenet else (3, 3))
         norms = [m for m in backbone.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
         groups = {'bn': None, 'gn': 32, 'ln': 1}[name.split('-')[1][:2]]
         assert all(getattr(norm, 'num_groups', None) == groups for norm in norms)
-        assert not backbone.zero_init_residual
+        assert name.startswith('preact') or not backbone.zero_init_residual
 
 
 # In mmpretrain's hands.
@@ -376,7 +381,7 @@ def test_private_training_runs(name, tmp_path):
         net.load_state_dict(saved['state_dict'])
 
 
-@pytest.mark.parametrize('name', ['knresnet18_1xb2_cifar100', 'resnet18-ln_1xb256_cifar100'])
+@pytest.mark.parametrize('name', ['knresnet18_1xb2_cifar100', 'preactresnet18-ln_1xb256_cifar100'])
 def test_training_runs(name, written, tmp_path):
     import_mmpretrain()
     cfg = small_run(written[name].copy(), tmp_path)

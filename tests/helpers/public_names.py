@@ -11,7 +11,7 @@ REGISTERED = {
     'mmengine.registry.MODELS': {
         'KN': 'KernelNorm2d', 'KernelNorm2d': 'KernelNorm2d', 'KNConv': 'KNConv2d',
         'KNConv2d': 'KNConv2d', 'KNConvNeXt': 'KNConvNeXt', 'KNResNetCls': 'KNResNetCls',
-        'NoNorm': 'NoNorm', 'ResNetCls': 'ResNetCls'},
+        'NoNorm': 'NoNorm', 'PreActResNetCls': 'PreActResNetCls', 'ResNetCls': 'ResNetCls'},
     'mmseg.registry.MODELS': {
         name: name for name in ('KNResNet', 'KernelNormalized', 'NormKNResNet', 'PaperFCNHead',
                                 'PlainPoolASPPHead')},
@@ -44,7 +44,7 @@ EXPORTED = {
 IMPORTED = {
     'mmseg_kn': ['__version__'],
     'mmseg_kn.baselines': ['NoNorm', 'NormConv2d', 'NormKNResNet', 'PaperFCNHead',
-                           'PlainPoolASPPHead', 'ResNetCls'],
+                           'PlainPoolASPPHead', 'PreActResNetCls', 'ResNetCls'],
     'mmseg_kn.fsdp': ['FSDPOptimWrapper', 'ResumableFSDPStrategy', 'wrap_blocks'],
 }
 # What exported and compiled programs call.
