@@ -53,6 +53,13 @@ class ClassCheckHook(Hook):
         if not unlike:
             self.unlike = None
             return
+        if hasattr(unwrap(runner.model), 'conversion') and any(
+                name.endswith('.running_var') for name in given):
+            self.unlike = (
+                'the checkpoint must be that of the converted network, got one of a network with '
+                'BatchNorm, whose function it does not have; convert it by tools/'
+                'model_converters/batchnorm2kernelnorm.py, or train from it by load_from')
+            return
         name = next((n for n in unlike if n.endswith('conv_seg.weight')), unlike[0])
         found = 'none' if name not in given else tuple(given[name].shape)
         self.unlike = (

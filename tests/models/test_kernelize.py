@@ -447,6 +447,9 @@ def test_train_resume_and_test(tmp_path, monkeypatch):
     assert 'Iter(train) [3/4]' in log and 'Iter(train) [1/4]' not in log and 'mIoU' in log
     log = call('test', 'kn.py', 'train/iter_4.pth', '--tta')
     assert 'mIoU' in log and 'unexpected key' not in log and 'missing key' not in log
+    torch.save(MODELS.build(Config.fromfile('bn.py').model).state_dict(), 'bn.pth')
+    with pytest.raises(ValueError, match='convert it by tools/model_converters/batchnorm2kernel'):
+        call('test', 'kn.py', 'bn.pth')
     from mmseg.apis import MMSegInferencer, inference_model, init_model
     config, checkpoint = str(tmp_path / 'kn.py'), str(tmp_path / 'train/iter_4.pth')
     image = str(next(tmp_path.rglob('*_leftImg8bit.png')))
