@@ -33,7 +33,7 @@ test: $(VENV)/.installed
 test-onedl: $(VENV)-onedl/.installed
 	$(VENV)-onedl/bin/$(PYTEST) tests/test_stack.py tests/checkpoints tests/tools/test_tools.py \
 	    tests/tools/test_analysis_tools.py tests/engine/test_safe_checkpoint_hook.py \
-	    tests/engine/test_binary_tta.py \
+	    tests/engine/test_binary_tta.py tests/tools/test_any_segmentor.py \
 	    tests/privacy/test_private_training.py
 
 # Classifiers in mmpretrain's hands. In an environment of its own: a torchvision that does not fit

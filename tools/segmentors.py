@@ -59,6 +59,12 @@ def threshold(model: nn.Module) -> float | None:
     return head.threshold if model.out_channels == 1 else None
 
 
+def turns_colours(preprocessor: nn.Module) -> bool:
+    """Whether a data preprocessor makes RGB of BGR, or BGR of RGB."""
+    return getattr(preprocessor, 'channel_conversion',  # in mmsegmentation, and in its fork
+                   getattr(preprocessor, '_channel_conversion', False))
+
+
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """What predictions are made of, (N, out_channels, H, W), of normalized images (N, C, H, W)."""
     shape = tuple(images.shape[2:])

@@ -12,9 +12,10 @@ from mmengine.utils import import_modules_from_strings
 from mmseg.registry import DATASETS
 from program import ROOT, load_tool
 
-# The first stage alone, and a short training.
+# The first stage and one branch of the head alone, and a short training.
 SMALL = ['model.backbone.out_indices=(0,)', 'model.decode_head.in_channels=64',
          'model.decode_head.in_index=0', 'model.decode_head.channels=16',
+         'model.decode_head.dilations=(1,)',
          'model.auxiliary_head.in_channels=64', 'model.auxiliary_head.channels=8',
          'model.data_preprocessor.size=(64,64)']
 STEPS = 24

@@ -18,7 +18,7 @@ def execute(*args, cwd, check=True, path=()):
                OMP_NUM_THREADS='1',
                PYTHONWARNINGS=','.join(f'error::DeprecationWarning:{name}' for name in (
                    # of the program itself, and of what it imports
-                   '__main__', 'config_args', 'infer_onnx', 'shared')))
+                   '__main__', 'config_args', 'infer_onnx', 'pictures', 'segmentors', 'shared')))
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert not check or done.returncode == 0, done.stdout[-4000:]

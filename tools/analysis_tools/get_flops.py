@@ -95,9 +95,8 @@ def parameters(module: nn.Module) -> int:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    with torch.device('meta'):
-        model = build_segmentor(cfg, device='meta')
-        image = torch.empty(1, image_channels(model), *args.shape)
+    model = build_segmentor(cfg).to('meta')  # some read their own settings while they are built
+    image = torch.empty(1, image_channels(model), *args.shape, device='meta')
     for module in model.modules():
         if isinstance(module, (KernelNorm2d, KNConv2d)):
             module.impl = 'fused'  # triton needs a GPU

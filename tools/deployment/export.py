@@ -31,7 +31,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools, for what they share
 
 from config_args import add_config_args, load_config  # noqa: E402
 from pictures import loads_bgr  # noqa: E402
-from segmentors import build_segmentor, logits, option_prefix, threshold  # noqa: E402
+from segmentors import (  # noqa: E402
+    build_segmentor,
+    logits,
+    option_prefix,
+    threshold,
+    turns_colours,
+)
 
 DTYPES = dict(float32=torch.float32, float16=torch.float16)
 # Largest difference between file and float32 model, relative to the largest logit.
@@ -67,7 +73,7 @@ class Deployed(nn.Module):
                 f'{prefix}data_preprocessor.test_cfg=None')
         self.model, self.output, self.dtype = model.to(dtype), output, dtype
         # The preprocessor turns colours, and colours alone.
-        self.flip = bgr != preprocessor.channel_conversion and image_channels(model) == 3
+        self.flip = bgr != turns_colours(preprocessor) and image_channels(model) == 3
         normalizes = preprocessor._enable_normalize
         for name, plain in (('mean', 0.), ('std', 1.)):
             value = getattr(preprocessor, name) if normalizes else torch.full((1, 1, 1), plain)
