@@ -1,6 +1,7 @@
 """Tells at the start of a training whether its schedule is the one that the config says."""
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
+from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
@@ -9,13 +10,16 @@ _WHEN = ('begin', 'end', 'total_iters', 'T_max', 'step_size', 'milestones')
 
 
 def _schedules(runner) -> list[tuple[str, dict]]:
-    """Name and times of each parameter scheduler."""
-    schedulers = runner.param_schedulers or []
-    if isinstance(schedulers, dict):  # one list for each optimizer
-        schedulers = [scheduler for several in schedulers.values() for scheduler in several]
+    """Name and times of each parameter scheduler.
+
+    None in validation and test, where the schedulers are settings that nothing is built from.
+    """
+    lists = runner.param_schedulers
+    lists = lists.values() if isinstance(lists, dict) else [lists]  # one for each optimizer
     return [(type(scheduler).__name__,
              {name: getattr(scheduler, name) for name in _WHEN if hasattr(scheduler, name)})
-            for scheduler in schedulers]
+            for several in lists if isinstance(several, list) for scheduler in several
+            if isinstance(scheduler, _ParamScheduler)]
 
 
 @HOOKS.register_module()

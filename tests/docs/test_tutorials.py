@@ -6,11 +6,14 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.utils import import_modules_from_strings
-from mmseg.registry import DATASETS
+from mmseg.models.losses import accuracy
+from mmseg.registry import DATASETS, MODELS
 from program import ROOT, load_tool
+from small_nets import segmentor
 
 # The first stage and one branch of the head alone, and a short training.
 SMALL = ['model.backbone.out_indices=(0,)', 'model.decode_head.in_channels=64',
@@ -106,6 +109,17 @@ def test_binary(folder, monkeypatch, capfd):
     labels = cv2.imread('work_dirs/binary/out/0.png', cv2.IMREAD_UNCHANGED)
     truth = cv2.imread('data/roofs/labels/val/0.png', cv2.IMREAD_UNCHANGED)
     assert 0 < truth.mean() < 0.6 and (labels == truth).mean() > 0.8
+
+
+def test_what_the_page_says_of_mmseg():
+    """A cascade of one output is not predicted, and acc_seg is the share of the background."""
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        cfg = Config(dict(model=segmentor('cascade', classes=2)))
+        with pytest.raises(AttributeError) as caught, torch.no_grad():
+            MODELS.build(cfg.model).eval().predict(torch.zeros(1, 3, 32, 64))
+    assert f'`{caught.value}`' in (ROOT / 'docs/binary.md').read_text()
+    label = torch.tensor([[[0, 0, 0, 1]]])
+    assert accuracy(torch.tensor([[[[-9., -9., -9., 9.]]]]), label).item() == 75
 
 
 @pytest.mark.parametrize('first', [False, True], ids=['last', 'first'])

@@ -81,6 +81,15 @@ def test_several_optimizers_and_milestones():
     assert 'PolyLR' not in text
 
 
+@pytest.mark.parametrize('settings', [
+    None, dict(type='PolyLR', end=2), [dict(type='PolyLR', end=2)],
+    dict(a=[dict(type='PolyLR')], b=dict(type='PolyLR'))])
+def test_a_test_has_settings_in_place_of_schedulers(settings):
+    hook = ScheduleCheckHook()
+    hook.before_run(SimpleNamespace(param_schedulers=settings))
+    assert hook.configured == []
+
+
 @pytest.mark.parametrize('name', ['default', 'kernelized', 'dp'])
 def test_it_is_in_the_shipped_runtimes(name):
     cfg = Config.fromfile(ROOT / f'configs/_base_/{name}_runtime.py')
