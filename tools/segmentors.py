@@ -6,6 +6,7 @@ import mmseg_kn  # noqa: F401 (first: it lets mmseg import beside mmcv-lite)
 
 # isort: split
 from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ def build_segmentor(cfg: Config, checkpoint: str | None = None,
     """
     if 'decode_head' not in network_config(cfg):
         raise SystemExit(f'{cfg.filename} has no model.decode_head: not a segmentor')
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
     settings = dict(cfg.model, pretrained=None)
     if network_config(cfg).get('data_preprocessor') is None and 'data_preprocessor' in cfg:
         settings['data_preprocessor'] = cfg.data_preprocessor
