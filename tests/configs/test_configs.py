@@ -13,8 +13,8 @@ from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS, TRANSFORMS
 from mmseg_script import run
 from program import ROOT
-from segmentors import check_steps
 from settings import flat
+from steps import check_steps
 
 CONFIG_DIR = ROOT / 'configs'
 CONFIGS = sorted(p.relative_to(CONFIG_DIR).as_posix() for p in CONFIG_DIR.glob('[!_]*/*.py')

@@ -11,8 +11,8 @@ from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from mmseg_script import run
 from program import ROOT
-from segmentors import check_steps
 from settings import flat
+from steps import check_steps
 from torch import nn
 
 from mmseg_kn import KNConv2d, KNResNet

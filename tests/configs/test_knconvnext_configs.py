@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from program import ROOT
-from segmentors import check_steps
+from steps import check_steps
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_kn import KNConv2d, KNConvNeXt

@@ -45,6 +45,8 @@ CIRCLE = 'circle: mmseg_kn.models.net -> mmseg_kn.ops -> mmseg_kn.ops.conv -> mm
                          'tests/helpers/nets.py': 'from tests.models.test_net import net\n'},
      ['tests/helpers/nets.py imports tests.models.test_net',
       'tests/models/test_net.py imports test_ops']),
+    (house.check_tests, {'tools/misc/nets.py': ''},
+     ['tests/helpers/nets.py is named as a file in tools']),
     (house.check_readme, {}, []),
     (house.check_readme, {'README.md': 'word ' * 901}, ['more than 900']),
 ])

@@ -134,9 +134,13 @@ def check_foreign_imports(root: Path) -> tuple[str, list[str]]:
 def check_tests(root: Path) -> tuple[str, list[str]]:
     tests = python_files(root, 'tests')
     names = {path.stem for path in tests if path.stem.startswith('test_')} | {'conftest', 'tests'}
-    return (f'{len(tests)} files in tests, none imports a test',
-            [f'{path.relative_to(root)} imports {target}' for path in tests
-             for target in sorted(imports(path, root)) if names & set(target.split('.'))])
+    faults = [f'{path.relative_to(root)} imports {target}' for path in tests
+              for target in sorted(imports(path, root)) if names & set(target.split('.'))]
+    # Both are imported by their bare names, in one process.
+    tools = {path.stem for path in python_files(root, 'tools')}
+    faults += [f'{path.relative_to(root)} is named as a file in tools' for path in tests
+               if path.parent.name == 'helpers' and path.stem in tools]
+    return f'{len(tests)} files in tests, none imports a test or is named as a tool', faults
 
 
 def check_readme(root: Path) -> tuple[str, list[str]]:
