@@ -1,6 +1,7 @@
 """Starts several processes on CPUs too, and ends them in order; mmengine does neither."""
 import atexit
 import functools
+import gc
 import sys
 
 import torch
@@ -30,10 +31,13 @@ def setup() -> None:
 def _leave_group():
     """Destroys the process group of a program that ends well.
 
-    After an exception, which Python keeps in sys, the others may never come to the same point.
+    Its threads end with the last reference to it, which a wrapped model holds. mmengine's runner,
+    which holds that, refers to itself, so only the garbage collection frees it. After an
+    exception, which Python keeps in sys, the others may never come to the same point.
     """
     ended_well = getattr(sys, 'last_value', None) is None
     if ended_well and torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

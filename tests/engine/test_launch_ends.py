@@ -79,3 +79,44 @@ def test_processes_end_with_status_0(tmp_path):
     *well, failed, first, second = re.findall(r'^\[-?\d+, -?\d+\]$|^destroyed$', log, re.M)
     assert well == ['[0, 0]'] * pairs and first == second == 'destroyed'
     assert '0' not in failed and "KeyError: 'of the program'" in log
+
+
+HELD = '''
+import os
+
+import torch
+import torch.distributed as dist
+from mmseg_kn.engine import launch
+
+from mmengine.model import MMDistributedDataParallel
+
+
+def threads():
+    names = (open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task'))
+    return sum('gloo' in name for name in names)
+
+
+class Runner:
+    """Refers to itself, as mmengine's does, and holds a model that holds the group."""
+
+    def __init__(self):
+        self.me = self
+        self.model = MMDistributedDataParallel(torch.nn.Linear(2, 2))
+        self.model.module(torch.rand(1, 2)).sum().backward()
+
+
+dist.init_process_group('gloo', init_method=f'file://{os.path.abspath("store")}', rank=0,
+                        world_size=1)
+Runner()
+print('threads:', threads())
+launch._leave_group()
+print('threads:', threads())
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_no_thread_of_the_group_is_left(tmp_path):
+    """Else one that still holds a tensor aborts the process, as in one of a few trainings."""
+    (tmp_path / 'held.py').write_text(HELD)
+    before, after = re.findall(r'^threads: (\d+)$', execute('held.py', cwd=tmp_path), re.M)
+    assert int(before) > 0 and int(after) == 0
