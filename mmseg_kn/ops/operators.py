@@ -202,9 +202,8 @@ def _way(impl: str, *tensors: Tensor | None) -> str:
     """How to call: by ``'operators'`` under a compiler, by ``'autograd'``, or as ``'plain'``.
 
     A compiler cannot look into an autograd.Function, nor into the launch of a kernel, nor can fake
-    tensors, which have no memory, be passed to one. Where no
-    gradient is wanted the plain operations are taken, which exporters and FLOP counters can look
-    into.
+    tensors, which have no memory, be passed to one. Where no gradient is wanted the plain
+    operations are taken, which exporters and FLOP counters can look into.
     """
     if impl == 'triton' and isinstance(tensors[0], FakeTensor):  # a kernel would read nowhere
         return 'operators'

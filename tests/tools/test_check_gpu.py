@@ -41,7 +41,7 @@ def test_verdicts_follow_from_the_tables(bars, tmp_path):
     (tmp_path / 'networks.log').write_text('...\n9 passed, 8 warnings in 15s\n')
     states = dict(networks=dict(returncode=0), step18=dict(returncode=0),
                   passes=dict(returncode=1))
-    rows = bars.judge(tmp_path, states, [])
+    rows = bars.judge(tmp_path, states)
     told = {row['what']: (row['measured'], row['verdict']) for row in rows}
     assert told['tests: networks'] == ('9 passed, 8 warnings in 15s', 'passed')
     assert told['tests: kernels'] == ('', 'not run')

@@ -48,7 +48,7 @@ BARS = (
 )
 
 
-def judge(out: Path, states: dict[str, dict], missing: list[str]) -> list[dict]:
+def judge(out: Path, states: dict[str, dict]) -> list[dict]:
     """A row for each bar, and one for each command that checks rather than measures."""
     verdicts = []
     for name in CHECKS:
