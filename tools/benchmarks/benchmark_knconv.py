@@ -2,7 +2,8 @@
 
 Rows are interleaved: each round runs every row once, so that a slow moment of the machine hits
 all of them. Shapes are those of KNResNet-18 and -50 at 512 x 1024, output stride 8, and of the
-ASPP head. Written as CSV: medians and 20 / 80 % quantiles of every row, with device and versions.
+ASPP head, or small ones (--shapes small). Written as CSV: medians and 20 / 80 % quantiles of every
+row, with device and versions.
 
 Beside each time stand two floors: the multiply-adds of the convolutions over the rate of a large
 1x1 convolution, and the bytes that the row must move at least over the bandwidth of a large copy,
@@ -42,6 +43,18 @@ SHAPES = {
     'aspp 1x1': (724, 512, 1, 0, 1, 64, 128),
     'aspp 3x3 rate 12': (724, 512, 3, 12, 12, 64, 128),
 }
+# Maps so small that calls and passes weigh as much as convolutions
+SMALL = {
+    'small 2x2, 64 to 256': (64, 256, 2, 1, 1, 64, 64),
+    'small 2x2, 256 to 64': (256, 64, 2, 0, 1, 65, 65),
+    'small 3x3, 64': (64, 64, 3, 1, 1, 64, 64),
+    'small 3x3, 128': (128, 128, 3, 1, 1, 48, 48),
+    'small 2x2, 256': (256, 256, 2, 0, 1, 32, 32),
+    'small 3x3, 512': (512, 512, 3, 1, 1, 32, 32),
+}
+# Nearly no arithmetic: what the calls alone take
+CALLS = {'calls 3x3, 16': (16, 16, 3, 1, 1, 4, 4)}
+ALL = SHAPES | SMALL | CALLS
 
 
 class UnfusedKNConv(nn.Module):
@@ -77,13 +90,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction,
                         help='memory format; on a GPU unless --no-channels-last')
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 2])
-    parser.add_argument('--shapes', nargs='+', choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument('--shapes', nargs='+', choices=['small', *ALL], default=list(SHAPES),
+                        metavar='SHAPE', help="'small' for six layers of small maps, "
+                        f"{', '.join(map(repr, CALLS))} for the calls alone, or any of "
+                        f"{', '.join(map(repr, [*SHAPES, *SMALL]))} (the layers of a network)")
     parser.add_argument('--rounds', type=int, default=9, help='(%(default)s)')
     parser.add_argument('--skip', nargs='+', default=[], choices=['reference', 'unfused'],
                         help='rows to leave out, as they need much time and memory')
     parser.add_argument('--out', help='CSV to write')
     args = parser.parse_args()
     args.device = torch.device(args.device)
+    args.shapes = [s for shape in args.shapes for s in (SMALL if shape == 'small' else [shape])]
     if args.rounds < 3:
         parser.error(f'--rounds must be at least 3, got {args.rounds}')
     args.dtype = getattr(torch, args.dtype or ('bfloat16' if args.amp
@@ -273,7 +290,7 @@ def main() -> None:
           'shape                batch  conv + BN    KNConv  floor        conv    KNConv  floor')
     for batch in args.batch_sizes:
         for name in args.shapes:
-            shape = SHAPES[name]
+            shape = ALL[name]
             results = measure(shape, batch, args)
             for (row, mode), samples in results.items():
                 if mode == 'saved':
