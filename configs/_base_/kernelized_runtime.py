@@ -2,5 +2,6 @@
 custom_imports = dict(imports=['mmseg_kn'], allow_failed_imports=False)
 custom_hooks = [
     dict(type='StemSignalHook'), dict(type='ClassCheckHook'),
-    dict(type='PartialNormHook'), dict(type='ScheduleCheckHook')
+    dict(type='PartialNormHook'), dict(type='ScheduleCheckHook'),
+    dict(type='ChannelsLastHook', device='cuda')
 ]

@@ -59,6 +59,7 @@ def test_schedule_and_pipelines(name):
     cfg = load(name)
     gpus, batch = (int(n) for n in name.split('_')[2].split('-')[0].split('xb'))
     assert cfg.train_dataloader.batch_size == batch
+    assert dict(type='ChannelsLastHook', device='cuda') in cfg.custom_hooks
     max_iters = cfg.train_cfg.max_iters
     assert cfg.param_scheduler[0].end == max_iters
     assert max_iters % cfg.default_hooks.checkpoint.interval == 0

@@ -21,6 +21,7 @@ def test_is_mmsegs_config_with_another_normalization(path):
     cfg = Config.fromfile(path)
     assert cfg.custom_imports == dict(imports=['mmseg_kn'], allow_failed_imports=False)
     assert dict(type='PartialNormHook') in cfg.custom_hooks
+    assert dict(type='ChannelsLastHook', device='cuda') in cfg.custom_hooks
     assert cfg.optim_wrapper.clip_grad == dict(max_norm=1)
     assert cfg.data_preprocessor == cfg.model.model.data_preprocessor
     theirs, = (Path(mmseg.__file__).parent / '.mim/configs').glob(
