@@ -27,8 +27,8 @@ def measured():
                 result = row.get('mIoU') or row.get('accuracy')
                 if result and 'seed' in row:
                     settings = {key: value for key, value in row.items() if key in (
-                        'config', 'batch_size', 'lr', 'iterations', 'data', 'norm', 'clip_grad',
-                        'net', 'target_epsilon', 'noise_multiplier')}
+                        'config', 'options', 'batch_size', 'lr', 'iterations', 'data', 'norm',
+                        'clip_grad', 'net', 'target_epsilon', 'noise_multiplier')}
                     groups.setdefault((path, *settings.values()), []).append(float(result))
     return {f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}, '
             + ', '.join(f'{value:.1f}' for value in values)

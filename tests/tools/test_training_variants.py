@@ -48,6 +48,15 @@ def test_dropout_and_clipping_follow_the_iterations(tool):
         (.2, .1, 1), (.16, .08, 1), (.1, .05, 4), (.08, .04, 5), (0, 0, 5))]
 
 
+def test_initial_weights_are_scaled(tool):
+    net = nn.Sequential(KNConv2d(3, 4, 2), nn.Conv2d(4, 2, 1))
+    before = [p.detach().clone() for p in net.parameters()]
+    tool.ScaleInitHook(factor=0.25).before_run(SimpleNamespace(model=net))
+    before[0] *= 0.25  # the weight of the KNConv, and nothing else
+    for p, expected in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), expected)
+
+
 @pytest.mark.parametrize('parametrization', ['gain', 'weight_norm'])
 def test_parametrized_networks_start_as_they_are(tool, parametrization):
     """And their weights, which are computed, learn; also those that start at zero."""

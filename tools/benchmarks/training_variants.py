@@ -81,6 +81,24 @@ class ClipRiseHook(Hook):
             self.first + part * (self.max_norm - self.first))
 
 
+@HOOKS.register_module()
+class ScaleInitHook(Hook):
+    """Multiplies the initial weights of every KNConv by ``factor``.
+
+    What follows normalizes the layer's output, so the function stays nearly the same, but a step
+    of the same length turns a shorter weight further.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    @torch.no_grad()
+    def before_run(self, runner) -> None:  # a checkpoint is loaded after this
+        for module in runner.model.modules():
+            if isinstance(module, KNConv2d):
+                module.weight.mul_(self.factor)
+
+
 class Gain(nn.Module):
     """weight[o] * gain[o]: what BatchNorm's gain is after a convolution."""
 
