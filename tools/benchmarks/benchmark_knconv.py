@@ -91,9 +91,7 @@ def parse_args() -> argparse.Namespace:
                         help='memory format; on a GPU unless --no-channels-last')
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 2])
     parser.add_argument('--shapes', nargs='+', choices=['small', *ALL], default=list(SHAPES),
-                        metavar='SHAPE', help="'small' for six layers of small maps, "
-                        f"{', '.join(map(repr, CALLS))} for the calls alone, or any of "
-                        f"{', '.join(map(repr, [*SHAPES, *SMALL]))} (the layers of a network)")
+                        help="'small' stands for the six of small maps (the layers of a network)")
     parser.add_argument('--rounds', type=int, default=9, help='(%(default)s)')
     parser.add_argument('--skip', nargs='+', default=[], choices=['reference', 'unfused'],
                         help='rows to leave out, as they need much time and memory')
