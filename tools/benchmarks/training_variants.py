@@ -135,3 +135,39 @@ class ParametrizedEncoderDecoder(EncoderDecoder):
 
     def init_weights(self) -> None:
         pass
+
+
+@HOOKS.register_module()
+class LateTurnHook(Hook):
+    """Raises the learning rate of some weights to ``factor`` times what the schedule gives.
+
+    A network of KernelNorm is early with features that stay near random ones; this lets it learn
+    them later. The optimizer must hold these weights in groups of their own: name them in
+    ``optim_wrapper.paramwise_cfg.custom_keys``, for example with ``lr_mult=1``.
+
+    Args:
+        factor: Where it ends.
+        begin: Iteration at which it begins to grow, by the same ratio in each.
+        end: Iteration at which it has grown.
+        keys: Ends of the names of these weights. By default every KNConv's but those that start
+            at zero.
+    """
+
+    def __init__(self, factor: float, begin: int, end: int,
+                 keys: tuple[str, ...] = ('conv.weight', 'conv1.weight', 'stem.weight')) -> None:
+        self.ratio, self.begin, self.end = factor ** (1 / (end - begin)), begin, end
+        self.keys = tuple(keys)
+
+    def before_train(self, runner) -> None:
+        chosen = {id(p) for name, p in runner.model.named_parameters() if name.endswith(self.keys)}
+        self.groups = [group for group in runner.optim_wrapper.param_groups
+                       if all(id(p) in chosen for p in group['params'])]
+        if sum(len(group['params']) for group in self.groups) < len(chosen):
+            raise ValueError(f'the weights whose names end in {self.keys} must have groups of '
+                             f'their own: name them in optim_wrapper.paramwise_cfg.custom_keys')
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        # The schedule multiplies what it finds, and a checkpoint holds it: one factor is enough.
+        if self.begin <= runner.iter < self.end:
+            for group in self.groups:
+                group['lr'] *= self.ratio
