@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import closed_form
 from .closed_form import Options
-from .dispatch import passes_of
+from .dispatch import form_of, passes_of
 from .memory_format import dense, is_channels_last
 from .passes import Kept, Moments
 from .precision import accumulate_dtype
@@ -31,8 +31,9 @@ class KNConv2dFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
                 mask: Tensor | None, options: Options, eps: float, relu: bool, keep_output: bool,
                 impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, z, moments = closed_form.forward(passes_of(impl), x, weight, bias, residual, mask,
-                                            options, eps, relu, keep_z=not keep_output)
+        ctx.form = form_of(x, weight, options, impl)
+        y, z, moments = ctx.form.forward(passes_of(impl), x, weight, bias, residual, mask, options,
+                                         eps, relu, keep_z=not keep_output)
         acc = accumulate_dtype(x.dtype)
         mean, rstd, live = moments.mean.to(acc), moments.rstd.to(acc), moments.live
         undropped_mean, kept = None, (None, None, None)
@@ -59,7 +60,7 @@ class KNConv2dFunction(torch.autograd.Function):
             # Saved-tensor hooks may return another memory format, and the mask counts in this one.
             x = dense(x, ctx.channels_last)
             with without_autocast(x):
-                dx, dweight, dbias = closed_form.backward(
+                dx, dweight, dbias = ctx.form.backward(
                     passes_of(ctx.impl), grad, x, weight, bias, mask,
                     Moments(mean, rstd, live, undropped_mean), Kept(z, y, residual, ctx.relu),
                     ctx.options, need_x, need_weight)

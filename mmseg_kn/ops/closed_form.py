@@ -48,6 +48,11 @@ class Options(NamedTuple):
     def has_dropout(self) -> bool:
         return self.training and self.dropout_p > 0
 
+    @property
+    def q(self) -> float:
+        """What the elements that dropout leaves in the statistics are multiplied by."""
+        return 1 / (1 - self.dropout_p) if self.has_dropout else 1.0
+
     def setting(self, x: Tensor) -> Setting:
         return Setting(x, self.geometry, self.dropout_p, self.training, self.groups)
 
@@ -56,7 +61,7 @@ class Output(NamedTuple):
     """Of :func:`forward`; z is still without its shifts, and overwritten unless it is kept."""
 
     y: Tensor  # (N, O, Ho, Wo)
-    z: Tensor  # (N, O, Ho, Wo)
+    z: Tensor | None  # (N, O, Ho, Wo)
     moments: Moments
 
 
@@ -96,11 +101,7 @@ class _Kernel(NamedTuple):
         return shifts
 
 
-def _q(options: Options) -> float:
-    return 1 / (1 - options.dropout_p) if options.has_dropout else 1.0
-
-
-def _prepared(x: Tensor, options: Options) -> tuple[Tensor, Geometry]:
+def prepared(x: Tensor, options: Options) -> tuple[Tensor, Geometry]:
     """x as it is convolved, and the geometry of that: rectified, and padded if one-sided.
 
     Neither is kept for backward, which prepares x (N, C, H, W) again.
@@ -112,12 +113,20 @@ def _prepared(x: Tensor, options: Options) -> tuple[Tensor, Geometry]:
     return x, options.geometry
 
 
+def unpadded(dx: Tensor, options: Options, size: torch.Size) -> Tensor:
+    """dx of an input of ``size`` (H, W), from that of what :func:`prepared` made of it."""
+    if options.geometry.symmetric_padding is not None:
+        return dx
+    left, _, top, _ = options.geometry.padding
+    return dense_like(dx[..., top:top + size[0], left:left + size[1]], dx)
+
+
 def forward(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None,
             residual: Tensor | None, mask: Tensor | None, options: Options, eps: float,
             relu: bool, keep_z: bool) -> Output:
     """y from x (N, C, H, W) and weight (O, C / groups, kh, kw)."""
     setting = options.setting(x)
-    x, geometry = _prepared(x, options)
+    x, geometry = prepared(x, options)
     moments = passes.unit_moments(x, geometry, mask, options.dropout_p, setting.factor, eps,
                                   setting.exact, setting.needs_undropped_mean)
     kernel = _Kernel(*passes.prepare_weight(weight, x, setting.is_centred))
@@ -136,8 +145,8 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
              mask: Tensor | None, moments: Moments, kept: Kept, options: Options, need_x: bool,
              need_weight: bool) -> Grads:
     """Gradients of :func:`forward` from ``grad`` = dL/dy (N, O, Ho, Wo)."""
-    setting, (height, width) = options.setting(x), x.shape[2:]
-    x, geometry = _prepared(x, options)
+    setting, size = options.setting(x), x.shape[2:]
+    x, geometry = prepared(x, options)
     mean, rstd, live = moments[:3]
     kernel = _Kernel(*passes.prepare_weight(weight, x, setting.is_centred))
     shifts = [] if kept.z is None else kernel.shifts(setting, moments)
@@ -146,7 +155,7 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     output = kept.y if kept.z is None else kept.z
     grad = dense_like(grad, x if output is None else output)
     # A centred kernel takes the undropped mean away itself; without dropout it is the mean.
-    terms = MomentTerms(live, _q(options), setting.factor,
+    terms = MomentTerms(live, options.q, setting.factor,
                         setting.has_dropout or not setting.is_centred,
                         setting.has_dropout and setting.is_centred) if need_x else None
     scaled = passes.scale_grad(grad, kept, mean * live if has_dead else mean, rstd,
@@ -170,9 +179,7 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     if need_x:
         dx = passes.add_moment_grads(dense_like(dx, x), x, geometry, mask, options.dropout_p,
                                      scaled.to_moments, options.rectify)
-        if geometry is not options.geometry:  # what is padded here is cut off again
-            left, _, top, _ = options.geometry.padding
-            dx = dense_like(dx[..., top:top + height, left:left + width], x)
+        dx = unpadded(dx, options, size)
     return Grads(dx, dweight if need_weight else None, scaled.bias)
 
 
@@ -194,7 +201,7 @@ def pixel_norm_backward(passes: Passes, grad: Tensor, x: Tensor, mask: Tensor | 
     It is a KNConv whose convolution passes x on: with ones for sum(W), and z = x - mean.
     """
     setting, (mean, rstd, live) = options.setting(x), moments[:3]
-    terms = MomentTerms(live, _q(options), setting.factor, masked=True, unmasked=False)
+    terms = MomentTerms(live, options.q, setting.factor, masked=True, unmasked=False)
     return passes.normalize_pixels_backward(dense_like(grad, x), x, mask, options.dropout_p, mean,
                                             rstd, terms, y)
 
@@ -203,7 +210,7 @@ def moments_backward(passes: Passes, grad_mean: Tensor, grad_rstd: Tensor, x: Te
                      mask: Tensor | None, moments: Moments, options: Options) -> Tensor:
     """dx from the gradients of mean and rstd, (N, Ho, Wo) each, as :func:`forward` takes them."""
     setting = options.setting(x)
-    q = _q(options)
+    q = options.q
     dvar = grad_rstd * moments.rstd**3 * moments.live * -0.5
     grads = MomentGrads((grad_mean - 2 * moments.mean * dvar) * q,
                         dvar * (2 * q * q * setting.factor), None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from . import fused
+from . import closed_form, fused, unfolded
 from .geometry import make_geometry
 from .passes import Passes
 
@@ -19,6 +19,11 @@ def passes_of(impl: str) -> Passes:
         return fused
     from . import triton_passes  # here, so that importing mmseg_kn loads no triton
     return triton_passes
+
+
+def form_of(x: Tensor, weight: Tensor, options: closed_form.Options, impl: str):
+    """The module whose ``forward`` and ``backward`` serve x (N, C, H, W)."""
+    return unfolded if impl == 'fused' and unfolded.serves(x, weight, options) else closed_form
 
 
 def exports() -> bool:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import closed_form
 from .autograd import KNConv2dFunction, PixelNormFunction, UnitMomentsFunction, without_autocast
 from .closed_form import Options
-from .dispatch import exports, passes_of
+from .dispatch import exports, form_of, passes_of
 from .geometry import Geometry, pad
 from .memory_format import dense, dense_like, is_channels_last
 from .passes import Kept, Moments
@@ -241,8 +241,8 @@ def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         y, mean, rstd, live = KNConv2dFunction.apply(x, weight, bias, residual, mask, options,
                                                      eps, relu, keep_output, impl)
     else:
-        y, _, (mean, rstd, live, *_) = closed_form.forward(passes, x, weight, bias, residual, mask,
-                                                           options, eps, relu, keep_z=False)
+        y, _, (mean, rstd, live, *_) = form_of(x, weight, options, impl).forward(
+            passes, x, weight, bias, residual, mask, options, eps, relu, keep_z=False)
     return y, mean, rstd if mask is not None else rstd * live
 
 

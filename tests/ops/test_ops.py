@@ -5,7 +5,15 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from mmseg_kn.ops import chosen_impl, cpu_chunks, dispatch, fused, kernel_norm2d, kn_conv2d
+from mmseg_kn.ops import (
+    chosen_impl,
+    cpu_chunks,
+    dispatch,
+    fused,
+    kernel_norm2d,
+    kn_conv2d,
+    unfolded,
+)
 from mmseg_kn.ops.box_means import box_mean, box_mean_transpose
 from mmseg_kn.ops.geometry import make_geometry
 from mmseg_kn.ops.passes import MomentGrads
@@ -30,6 +38,21 @@ OPTIONS = [
     dict(kernel=(2, 3), padding=(1, 2, 0, 3), stride=(1, 2), dilation=(2, 1), groups=2),
     dict(kernel=3, padding='same', dilation=2, groups=4),
 ]
+
+
+# Inputs are tiny here, and the closed form is what most tests are about.
+@pytest.fixture(autouse=True)
+def largest_tiny(request, monkeypatch):
+    """Elements of the largest input of which 'fused' builds the units."""
+    monkeypatch.setattr(unfolded, 'LARGEST', getattr(request, 'param', 0))
+
+
+ALL = 2**40
+ALL_FORMS = pytest.mark.parametrize(
+    'largest_tiny, impl', [(0, 'fused'), (ALL, 'fused'), (0, 'triton')],
+    indirect=['largest_tiny'], ids=['fused', 'units', 'triton'])
+BOTH_FORMS = pytest.mark.parametrize('largest_tiny', [0, ALL], indirect=True,
+                                     ids=['closed form', 'units'])
 
 
 def make_case(kernel=3, groups=1, dtype=torch.float64, channels=4, out=8, size=(11, 9),
@@ -107,9 +130,12 @@ def test_evaluation_is_the_mean_of_training_passes(impl):
     assert torch.equal(y, kn_conv2d(x, weight, bias, padding=1, dropout_p=0.25, impl=impl))
 
 
-@pytest.fixture(params=[2**20, 50], ids=['whole', 'chunks'])
-def chunk(request, monkeypatch):
-    """The CPU's passes over the whole tensor, and in chunks."""
+@pytest.fixture(params=[2**20, 50, 'units'], ids=['whole', 'chunks', 'units'])
+def chunk(request, monkeypatch, largest_tiny):
+    """The CPU's passes over the whole tensor, and in chunks; or no passes, but units."""
+    if request.param == 'units':
+        monkeypatch.setattr(unfolded, 'LARGEST', ALL)
+        return
     monkeypatch.setattr(cpu_chunks, 'CHUNK', request.param)
     monkeypatch.setattr(fused, '_WIDE', request.param)
 
@@ -150,10 +176,11 @@ def kept_elements(passes, x, dropped, p):
 @pytest.mark.parametrize('chunk, impl, dtype, p, options', [
     *((2**20, 'fused', torch.float64, 0.3, options) for options in OPTIONS),
     *((50, 'fused', torch.float64, 0.3, options) for options in OPTIONS),
+    *(('units', 'fused', torch.float64, 0.3, options) for options in OPTIONS),
     *((2**20, 'triton', torch.float32, 0.3, options) for options in OPTIONS),
     # below 0.01 other random numbers (fused), and in float32 a centred kernel
     *((chunk, impl, dtype, p, options)
-      for chunk, impl in ((50, 'fused'), (2**20, 'triton'))
+      for chunk, impl in ((50, 'fused'), ('units', 'fused'), (2**20, 'triton'))
       for dtype, p in ((torch.float32, 0.005), (torch.float16, 0.3), (torch.bfloat16, 0.3))
       for options in OPTIONS[2:7:2]),  # relu, with a rectified input, residual
 ], indirect=['chunk'])
@@ -289,7 +316,7 @@ def test_gradcheck_kernel_norm2d(options):
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('relu', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 def test_error_is_within_twice_torchs_own(impl, dtype, relu, channels_last):
     (x, weight, bias), _ = make_case(channels=64, out=48, size=(8, 7),
                                      device=DEVICE if impl == 'triton' else 'cpu')
@@ -403,6 +430,7 @@ def gradients_through(activation, inputs, **options):
     return [t.grad for t in leaves]
 
 
+@BOTH_FORMS
 def test_inplace_activation_after_it():
     inputs, options = make_case(padding=1)
     for a, b in zip(gradients_through(torch.relu_, inputs, **options),
@@ -443,7 +471,7 @@ def test_what_is_kept(impl):
         assert len(maps) == own, call
 
 
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 @pytest.mark.parametrize('activation', [None, 'relu'])
 @pytest.mark.parametrize('keep_output', [False, True])
 def test_gradients_of_parameters_alone(keep_output, activation, impl):
@@ -459,7 +487,7 @@ def test_gradients_of_parameters_alone(keep_output, activation, impl):
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 def test_gradient_checkpointing_draws_the_same_dropout(impl):
     inputs, options = make_case(padding=1, impl=impl, dtype=torch.float32,
                                 device=DEVICE if impl == 'triton' else 'cpu')
@@ -477,7 +505,7 @@ def test_gradient_checkpointing_draws_the_same_dropout(impl):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('value', [255., 254.3, 0., 3e4, 1e30, 1e-30])
 def test_constant_input_gives_the_bias(value, dtype, impl):
@@ -491,7 +519,7 @@ def test_constant_input_gives_the_bias(value, dtype, impl):
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 @pytest.mark.parametrize('activation', [None, 'relu'])
 @pytest.mark.parametrize('channels', [4, 64])
 @pytest.mark.parametrize('training', [False, True])
@@ -522,6 +550,7 @@ def test_empty_batch_and_single_pixel(shape, impl):
     assert x.grad.shape == shape and weight.grad.isfinite().all()
 
 
+@BOTH_FORMS
 def test_batch_independence():
     inputs, options = make_case(padding=1)
     x, *parameters = inputs
@@ -619,7 +648,7 @@ def test_kernel_norm2d_with_dropout_by_definition(impl, activation, channels_las
         assert relative_error(y, expected) < 2e-6
 
 
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 def test_an_outlier_does_not_bring_back_the_cancellation(impl):
     inputs, _ = make_case(kernel=1, channels=2048, size=(3, 2), dtype=torch.float32,
                           device=DEVICE if impl == 'triton' else 'cpu')
@@ -633,7 +662,7 @@ def test_an_outlier_does_not_bring_back_the_cancellation(impl):
 
 
 @pytest.mark.parametrize('p', [1e-6, 1e-7])
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 def test_expected_variance_of_a_constant_at_small_p(impl, p, monkeypatch):
     """float32, as which compiled kernels take numbers, knows 1 + p to 6e-8 only."""
     launch = triton_passes._launch
@@ -695,7 +724,7 @@ def test_box_means(geometry):
     torch.testing.assert_close((means * b).sum(), (a * back).sum())
 
 
-@pytest.mark.parametrize('impl', PASSES)
+@ALL_FORMS
 def test_odd_tensors(impl):
     """A strided bias, an expanded gradient and a residual in another layout."""
     device = DEVICE if impl == 'triton' else 'cpu'
@@ -711,6 +740,7 @@ def test_odd_tensors(impl):
         torch.testing.assert_close(a, e, atol=2e-4, rtol=1e-4)
 
 
+@BOTH_FORMS
 def test_backward_under_autocast_and_twice():
     inputs, options = make_case(padding=1, dtype=torch.float32)
     y = kn_conv2d(*inputs, **options)
@@ -721,6 +751,7 @@ def test_backward_under_autocast_and_twice():
             assert torch.equal(a, b)
 
 
+@BOTH_FORMS
 def test_gradient_of_the_residual_alone():
     (x, weight, bias, residual), _ = make_case(residual=True)
     y = kn_conv2d(x.detach(), weight.detach(), bias.detach(), residual=residual)

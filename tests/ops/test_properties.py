@@ -5,6 +5,7 @@ The cases are the same in every run. PROPERTY_CASES sets how many there are, 200
 import os
 import warnings
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmseg_kn import KernelNorm2d, KNConv2d
-from mmseg_kn.ops import fused, kernel_norm2d, kn_conv2d
+from mmseg_kn.ops import fused, kernel_norm2d, kn_conv2d, unfolded
 from mmseg_kn.ops.geometry import make_geometry
 from mmseg_kn.ops.memory_format import dense_like
 from mmseg_kn.ops.passes import MomentGrads
@@ -25,6 +26,7 @@ DATA = ('normal', 'shifted', 'ties')
 FINISHES = (None, 'relu', 'residual')
 HALVES = (torch.bfloat16, torch.float16)
 DROPOUT = st.sampled_from([0.0, 0.05, 0.3, 0.9])
+TINY = st.sampled_from([0, 2**40])  # which inputs 'fused' takes for tiny: none, all
 
 
 def cases_of(share, *strategies):
@@ -208,9 +210,14 @@ def test_size_is_nn_conv2ds(case):
     assert layer.weight.shape == conv.weight.shape
 
 
-@cases_of(20, cases(), DROPOUT)
-def test_fused_equals_reference(case, dropout_p):
+@cases_of(20, cases(), DROPOUT, TINY)
+def test_fused_equals_reference(case, dropout_p, largest):
     """Under dropout, in training too."""
+    with mock.patch.object(unfolded, 'LARGEST', largest):
+        compare_with_reference(case, dropout_p)
+
+
+def compare_with_reference(case, dropout_p):
     tensors, options = make(dict(case, dropout_p=dropout_p))
     plain = [None if t is None else t.contiguous() for t in tensors]
     fast, slow = dict(options, impl='fused'), dict(options, impl='reference')
