@@ -32,8 +32,9 @@ class KNConv2dFunction(torch.autograd.Function):
                 mask: Tensor | None, options: Options, eps: float, relu: bool, keep_output: bool,
                 impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.form = form_of(x, weight, options, impl)
-        y, z, moments = ctx.form.forward(passes_of(impl), x, weight, bias, residual, mask, options,
-                                         eps, relu, keep_z=not keep_output)
+        y, z, moments, weight_sum = ctx.form.forward(
+            passes_of(impl), x, weight, bias, residual, mask, options, eps, relu,
+            keep_z=not keep_output)
         acc = accumulate_dtype(x.dtype)
         mean, rstd, live = moments.mean.to(acc), moments.rstd.to(acc), moments.live
         undropped_mean, kept = None, (None, None, None)
@@ -46,7 +47,8 @@ class KNConv2dFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options, ctx.relu, ctx.impl = options, relu, impl
         ctx.channels_last = is_channels_last(x)
-        ctx.save_for_backward(x, weight, bias, mask, mean, rstd, live, undropped_mean, *kept)
+        ctx.save_for_backward(x, weight, bias, mask, mean, rstd, live, undropped_mean, *kept,
+                              weight_sum)
         return y, mean, rstd, live
 
     @staticmethod
@@ -55,15 +57,15 @@ class KNConv2dFunction(torch.autograd.Function):
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         dx = dweight = dbias = None
         if grad is not None and (need_x or need_weight or need_bias):
-            x, weight, bias, mask, mean, rstd, live, undropped_mean, z, y, residual = (
-                ctx.saved_tensors)
+            (x, weight, bias, mask, mean, rstd, live, undropped_mean, z, y, residual,
+             weight_sum) = ctx.saved_tensors
             # Saved-tensor hooks may return another memory format, and the mask counts in this one.
             x = dense(x, ctx.channels_last)
             with without_autocast(x):
                 dx, dweight, dbias = ctx.form.backward(
                     passes_of(ctx.impl), grad, x, weight, bias, mask,
-                    Moments(mean, rstd, live, undropped_mean), Kept(z, y, residual, ctx.relu),
-                    ctx.options, need_x, need_weight)
+                    Moments(mean, rstd, live, undropped_mean),
+                    Kept(z, y, residual, ctx.relu, weight_sum), ctx.options, need_x, need_weight)
             dbias = dbias.to(bias.dtype) if need_bias else None
         return dx, dweight, dbias, grad if need_residual else None, *[None] * 6
 

@@ -63,6 +63,7 @@ class Output(NamedTuple):
     y: Tensor  # (N, O, Ho, Wo)
     z: Tensor | None  # (N, O, Ho, Wo)
     moments: Moments
+    weight_sum: Tensor | None = None  # (O,), where backward need not prepare the weight again
 
 
 class Grads(NamedTuple):
@@ -138,7 +139,8 @@ def forward(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None,
     scale = moments.rstd * moments.live if dead else moments.rstd
     shifts = kernel.shifts(setting, moments)
     y = passes.normalize(z, scale, bias, residual, shifts, relu, not keep_z)
-    return Output(y, z, moments)
+    as_it_is = kernel.weight is weight and not setting.is_half  # else backward needs more of it
+    return Output(y, z, moments, kernel.weight_sum if as_it_is else None)
 
 
 def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
@@ -148,7 +150,10 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     setting, size = options.setting(x), x.shape[2:]
     x, geometry = prepared(x, options)
     mean, rstd, live = moments[:3]
-    kernel = _Kernel(*passes.prepare_weight(weight, x, setting.is_centred))
+    if kept.weight_sum is None:
+        kernel = _Kernel(*passes.prepare_weight(weight, x, setting.is_centred))
+    else:
+        kernel = _Kernel(weight, kept.weight_sum, None)
     shifts = [] if kept.z is None else kernel.shifts(setting, moments)
     # Without dropout a constant unit adds nothing to dW: leave its rounding, times 316, out.
     has_dead = not setting.has_dropout and not (x.device.type == 'cpu' and live.all())

@@ -2,7 +2,8 @@
 
 Forward and backward are custom operators, which a compiler takes as one step each. Without
 gradients the fused passes are plain torch operations, open to exporters and FLOP counters. An
-operator's outputs must be fresh tensors, never None: what a call does not keep is an empty tensor.
+operator's outputs must be fresh tensors, never None, and of shapes that are known beforehand: what
+a call does not keep is an empty tensor, or one whose values nobody reads.
 """
 import torch
 import torch.nn.functional as F
@@ -44,15 +45,19 @@ def _kn_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     """y, mean, rstd and live; unless the output is kept, z and the undropped mean."""
     options = _options(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training,
                        rectify)
-    y, z, moments = closed_form.forward(passes_of(impl), x, weight, bias, residual, mask, options,
-                                        eps, relu, keep_z=not keep_output)
+    y, z, moments, _ = form_of(x, weight, options, impl).forward(
+        passes_of(impl), x, weight, bias, residual, mask, options, eps, relu,
+        keep_z=not keep_output)
     acc = accumulate_dtype(x.dtype)
-    if keep_output or moments.undropped_mean is None:
-        undropped_mean = x.new_empty(0)
-    else:
-        undropped_mean = moments.undropped_mean.to(acc).clone()  # it may be a view
-    return (y, moments.mean.to(acc), moments.rstd.to(acc), moments.live,
-            x.new_empty(0) if keep_output else z, undropped_mean)
+    mean, rstd = moments.mean.to(acc), moments.rstd.to(acc)
+    undropped_mean = x.new_empty(0)
+    if options.setting(x).needs_undropped_mean and not keep_output:
+        undropped_mean = moments.undropped_mean
+        undropped_mean = mean if undropped_mean is None else undropped_mean.to(acc)
+        undropped_mean = undropped_mean.clone()  # it may be a view
+    if z is None or keep_output:
+        z = x.new_empty(0) if keep_output else torch.empty_like(y)
+    return y, mean, rstd, moments.live, z, undropped_mean
 
 
 @_kn_conv2d.register_fake
@@ -84,7 +89,7 @@ def _kn_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
     options = _options(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training,
                        rectify)
     moments = Moments(mean, rstd, live, _or_none(undropped_mean))
-    dx, dweight, dbias = closed_form.backward(
+    dx, dweight, dbias = form_of(x, weight, options, impl).backward(
         passes_of(impl), grad, x, weight, bias, mask, moments, Kept(z, y, residual, relu),
         options, need_x, need_weight)
     return (x.new_empty(0) if dx is None else dx,
@@ -241,7 +246,7 @@ def kn_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         y, mean, rstd, live = KNConv2dFunction.apply(x, weight, bias, residual, mask, options,
                                                      eps, relu, keep_output, impl)
     else:
-        y, _, (mean, rstd, live, *_) = form_of(x, weight, options, impl).forward(
+        y, _, (mean, rstd, live, *_), _ = form_of(x, weight, options, impl).forward(
             passes, x, weight, bias, residual, mask, options, eps, relu, keep_z=False)
     return y, mean, rstd if mask is not None else rstd * live
 

@@ -41,6 +41,7 @@ class Kept(NamedTuple):
     y: Tensor | None = None
     residual: Tensor | None = None  # beside y, where one was added and there is no relu
     relu: bool = False
+    weight_sum: Tensor | None = None  # (O,), where the weight need not be prepared again
 
 
 class MomentGrads(NamedTuple):
