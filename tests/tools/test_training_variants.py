@@ -7,7 +7,7 @@ from program import ROOT, load_tool
 from tiny_training import SIZE, build
 from torch import nn
 
-from mmseg_kn import KNConv2d
+from mmseg_kn import KernelNorm2d, KNConv2d
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +55,34 @@ def test_initial_weights_are_scaled(tool):
     before[0] *= 0.25  # the weight of the KNConv, and nothing else
     for p, expected in zip(net.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), expected)
+
+
+def test_weights_turn_faster_later(tool):
+    net = nn.ModuleDict(dict(stem=KNConv2d(3, 4, 2), last=nn.Conv2d(4, 2, 1)))
+
+    def runner(groups):
+        return SimpleNamespace(model=net, iter=0, optim_wrapper=SimpleNamespace(
+            param_groups=groups))
+
+    groups = [dict(params=[p], lr=.03) for p in net.parameters()]
+    hook, late = tool.LateTurnHook(factor=3, begin=4, end=8), runner(groups)
+    hook.before_train(late)
+    rates = []
+    for late.iter in range(12):
+        hook.before_train_iter(late, late.iter)
+        rates.append(groups[0]['lr'])
+    assert rates[3] == .03 and .03 < rates[4] < rates[6]
+    assert rates[7:] == [pytest.approx(.09)] * 5
+    assert all(group['lr'] == .03 for group in groups[1:])
+    with pytest.raises(ValueError, match='custom_keys'):
+        hook.before_train(runner([dict(params=list(net.parameters()), lr=.03)]))
+
+
+def test_eps_of_all_but_the_stem(tool):
+    net = nn.ModuleDict(dict(stem=KNConv2d(3, 4, 2), conv=KNConv2d(4, 2, 1),
+                             norm=KernelNorm2d(2), bn=nn.BatchNorm2d(2)))
+    tool.EpsHook(eps=0.1).before_run(SimpleNamespace(model=net))
+    assert [m.eps for m in net.values()] == [1e-5, 0.1, 0.1, 1e-5]
 
 
 @pytest.mark.parametrize('parametrization', ['gain', 'weight_norm'])

@@ -171,3 +171,20 @@ class LateTurnHook(Hook):
         if self.begin <= runner.iter < self.end:
             for group in self.groups:
                 group['lr'] *= self.ratio
+
+
+@HOOKS.register_module()
+class EpsHook(Hook):
+    """Gives every layer of kernel normalization but the stem another ``eps``.
+
+    Windows of a variance far below it are only scaled, and their noise is not raised to 1.
+    """
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def before_run(self, runner) -> None:
+        for name, module in runner.model.named_modules():
+            if hasattr(module, 'dropout_p') and hasattr(module, 'eps') and (
+                    not name.endswith('stem')):
+                module.eps = self.eps
