@@ -69,7 +69,7 @@ def forward(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None,
     moments = Moments(*(m.view(n, *size) for m in (mean, rstd, live)), None)
     columns = _normalized(units, moments, setting).view(n, groups, -1, var.size(1))
     y = x.new_empty(n, len(weight), *size)  # no view, which nothing could overwrite in place
-    filters = weight.view(groups, len(weight) // groups, -1)
+    filters = weight.reshape(groups, len(weight) // groups, -1)
     torch.matmul(filters, columns, out=y.view(n, groups, -1, var.size(1)))
     for added in (None if bias is None else bias.view(-1, 1, 1), residual):
         y = y if added is None else y.add_(added)
@@ -92,8 +92,9 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
     if need_weight:
         grouped = columns.view(n, options.groups, -1, count)
         dweight = (grad @ grouped.transpose(2, 3)).sum(0).view(weight.shape)
+        dweight = dense_like(dweight, weight)
     if need_x:
-        rows = weight.view(1, *grad.shape[1:3], -1).transpose(2, 3)
+        rows = weight.reshape(1, *grad.shape[1:3], -1).transpose(2, 3)
         dcolumns = (rows @ grad).view(n, k, count)
         mean, rstd, live = (m.view(n, 1, count) for m in moments[:3])
         dvar = (dcolumns * columns).sum(1, keepdim=True).mul_(rstd * rstd * live).mul_(-0.5 / k)
@@ -111,7 +112,7 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
         if options.rectify:
             dx = torch.ops.aten.threshold_backward(dx, x, 0)
         dx = unpadded(dense_like(dx, x), options, size)
-    return Grads(dx, dweight, grad.sum((0, 3)).flatten())
+    return Grads(dx, dweight, grad.view(n, -1, count).sum((0, 2)))
 
 
 def _fold(units: Tensor, x: Tensor, geometry: Geometry) -> Tensor:

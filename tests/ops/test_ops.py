@@ -407,20 +407,22 @@ def test_autocast_never_takes_statistics_in_half(impl):
     assert relative_error(norm_of_half, expected) < 0.008
 
 
-@pytest.mark.parametrize('layout', ['channels_last', 'strided', 'expanded'])
-def test_memory_layouts(layout):
-    inputs, options = make_case(padding=1)
-    x = inputs[0].detach()
-    x = {
-        'channels_last': lambda: x.contiguous(memory_format=torch.channels_last),
-        'strided': lambda: x.repeat_interleave(2, 3)[..., ::2],
-        'expanded': lambda: x[:1].expand(2, -1, -1, -1),
-    }[layout]()
-    assert not x.is_contiguous()
-    expected = run((x.contiguous(), *inputs[1:]), 'reference', **options)
-    for a, e in zip(run((x, *inputs[1:]), 'fused', **options), expected, strict=True):
+@BOTH_FORMS
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('layout', [
+    lambda t: t.contiguous(memory_format=torch.channels_last),
+    lambda t: t.repeat_interleave(2, 3)[..., ::2],
+    lambda t: t[:1].expand(len(t), -1, -1, -1),
+], ids=['channels_last', 'strided', 'expanded'])
+def test_memory_layouts(layout, groups):
+    """Of input and weight."""
+    (x, weight, bias), options = make_case(padding=1, groups=groups)
+    x, weight = layout(x.detach()), layout(weight.detach())
+    assert not x.is_contiguous() and not weight.is_contiguous()
+    expected = run((x.contiguous(), weight.contiguous(), bias), 'reference', **options)
+    for a, e in zip(run((x, weight, bias), 'fused', **options), expected, strict=True):
         torch.testing.assert_close(a, e)
-    dropped = run((x, *inputs[1:]), 'fused', dropout_p=0.1, training=True, **options)
+    dropped = run((x, weight, bias), 'fused', dropout_p=0.1, training=True, **options)
     assert all(value.isfinite().all() for value in dropped)
 
 
