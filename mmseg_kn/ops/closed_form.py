@@ -58,7 +58,10 @@ class Options(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Of :func:`forward`; z is still without its shifts, and overwritten unless it is kept."""
+    """Of :func:`forward`; z is still without its shifts, and overwritten unless it is kept.
+
+    It is None where backward never reads it.
+    """
 
     y: Tensor  # (N, O, Ho, Wo)
     z: Tensor | None  # (N, O, Ho, Wo)

@@ -49,15 +49,14 @@ def _kn_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
         passes_of(impl), x, weight, bias, residual, mask, options, eps, relu,
         keep_z=not keep_output)
     acc = accumulate_dtype(x.dtype)
-    mean, rstd = moments.mean.to(acc), moments.rstd.to(acc)
-    undropped_mean = x.new_empty(0)
-    if options.setting(x).needs_undropped_mean and not keep_output:
-        undropped_mean = moments.undropped_mean
-        undropped_mean = mean if undropped_mean is None else undropped_mean.to(acc)
-        undropped_mean = undropped_mean.clone()  # it may be a view
-    if z is None or keep_output:
-        z = x.new_empty(0) if keep_output else torch.empty_like(y)
-    return y, mean, rstd, moments.live, z, undropped_mean
+    mean, rstd, undropped_mean = (None if m is None else m.to(acc) for m in (
+        moments.mean, moments.rstd, moments.undropped_mean))
+    z, undropped_mean = (torch.empty_like(like) if kept is None else kept
+                         for kept, like in ((z, y), (undropped_mean, mean)))
+    if keep_output or not options.setting(x).needs_undropped_mean:
+        undropped_mean = x.new_empty(0)
+    return (y, mean, rstd, moments.live, x.new_empty(0) if keep_output else z,
+            undropped_mean.clone())  # it may be a view
 
 
 @_kn_conv2d.register_fake

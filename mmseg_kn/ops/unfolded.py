@@ -1,6 +1,6 @@
 """The closed form's two functions for tiny inputs: every unit is built, as in the definition.
 
-There the calls of torch take longer than what they compute, and this needs half as many.
+There the calls of torch take longer than what they compute, and this needs fewer of them.
 """
 import torch
 import torch.nn.functional as F

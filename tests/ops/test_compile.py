@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mmseg_kn import KernelNorm2d, KNConv2d, KNResNet
-from mmseg_kn.ops import fused, operators
+from mmseg_kn.ops import fused, operators, unfolded
 
 DYNAMIC = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
 
@@ -38,8 +38,9 @@ def test_torch_compile_trains_the_same_without_graph_break(depth):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-@pytest.mark.parametrize('impl', ['fused', 'triton'])
-def test_torch_compile_of_each_implementation(impl):
+@pytest.mark.parametrize('impl, largest', [('fused', 0), ('fused', 2**40), ('triton', 0)])
+def test_torch_compile_of_each_implementation(impl, largest, monkeypatch):
+    monkeypatch.setattr(unfolded, 'LARGEST', largest)
     if impl == 'triton':
         pytest.importorskip('triton')
     layers = torch.nn.Sequential(
@@ -88,8 +89,10 @@ def test_fake_tensors_launch_no_kernel(monkeypatch):
         y.sum().backward()
 
 
-def test_opcheck():
+@pytest.mark.parametrize('largest', [0, 2**40], ids=['closed form', 'units'])
+def test_opcheck(largest, monkeypatch):
     """torch's own checks of a custom operator: schema, fake tensors, autograd registration."""
+    monkeypatch.setattr(unfolded, 'LARGEST', largest)
     x, weight, bias, residual = (torch.randn(shape, requires_grad=True) for shape in (
         (2, 4, 6, 5), (3, 4, 2, 2), (3, ), (2, 3, 5, 4)))
     dropped = fused.draw_mask(x.detach(), 0.1)
@@ -99,6 +102,8 @@ def test_opcheck():
                   'fused'),
                  (x, weight, None, None, None, *strided, 0.0, False, True, 1e-5, True, True,
                   'fused'),
+                 (x, weight, bias, None, dropped, *dense, 0.005, True, False, 1e-5, False, False,
+                  'fused'),  # at so small a p the undropped mean is an output
                  (x.bfloat16(), weight, bias, None, dropped, *dense, 0.1, True, False, 1e-5, False,
                   False, 'fused')):
         torch.library.opcheck(operators._kn_conv2d, args,

@@ -5,7 +5,6 @@ The cases are the same in every run. PROPERTY_CASES sets how many there are, 200
 import os
 import warnings
 from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +25,12 @@ DATA = ('normal', 'shifted', 'ties')
 FINISHES = (None, 'relu', 'residual')
 HALVES = (torch.bfloat16, torch.float16)
 DROPOUT = st.sampled_from([0.0, 0.05, 0.3, 0.9])
-TINY = st.sampled_from([0, 2**40])  # which inputs 'fused' takes for tiny: none, all
+
+
+@pytest.fixture(autouse=True, params=[0, 2**40], ids=['closed form', 'units'])
+def largest_tiny(request, monkeypatch):
+    """All inputs here are tiny: 'fused' takes them in closed form, and by their units."""
+    monkeypatch.setattr(unfolded, 'LARGEST', request.param)
 
 
 def cases_of(share, *strategies):
@@ -210,14 +214,9 @@ def test_size_is_nn_conv2ds(case):
     assert layer.weight.shape == conv.weight.shape
 
 
-@cases_of(20, cases(), DROPOUT, TINY)
-def test_fused_equals_reference(case, dropout_p, largest):
+@cases_of(20, cases(), DROPOUT)
+def test_fused_equals_reference(case, dropout_p):
     """Under dropout, in training too."""
-    with mock.patch.object(unfolded, 'LARGEST', largest):
-        compare_with_reference(case, dropout_p)
-
-
-def compare_with_reference(case, dropout_p):
     tensors, options = make(dict(case, dropout_p=dropout_p))
     plain = [None if t is None else t.contiguous() for t in tensors]
     fast, slow = dict(options, impl='fused'), dict(options, impl='reference')

@@ -139,24 +139,22 @@ class ParametrizedEncoderDecoder(EncoderDecoder):
 
 @HOOKS.register_module()
 class LateTurnHook(Hook):
-    """Raises the learning rate of some weights to ``factor`` times what the schedule gives.
+    """Raises the learning rate of KNConv's weights to ``factor`` times what the schedule gives.
 
     A network of KernelNorm is early with features that stay near random ones; this lets it learn
-    them later. The optimizer must hold these weights in groups of their own: name them in
-    ``optim_wrapper.paramwise_cfg.custom_keys``, for example with ``lr_mult=1``.
+    them later. The optimizer must hold these weights in groups of their own: name :attr:`keys` in
+    ``optim_wrapper.paramwise_cfg.custom_keys``, with ``lr_mult=1``.
 
     Args:
         factor: Where it ends.
         begin: Iteration at which it begins to grow, by the same ratio in each.
         end: Iteration at which it has grown.
-        keys: Ends of the names of these weights. By default every KNConv's but those that start
-            at zero.
     """
 
-    def __init__(self, factor: float, begin: int, end: int,
-                 keys: tuple[str, ...] = ('conv.weight', 'conv1.weight', 'stem.weight')) -> None:
+    keys = ('conv.weight', 'conv1.weight', 'stem.weight')  # of every KNConv but the zero-started
+
+    def __init__(self, factor: float, begin: int, end: int) -> None:
         self.ratio, self.begin, self.end = factor ** (1 / (end - begin)), begin, end
-        self.keys = tuple(keys)
 
     def before_train(self, runner) -> None:
         chosen = {id(p) for name, p in runner.model.named_parameters() if name.endswith(self.keys)}
