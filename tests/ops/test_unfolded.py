@@ -1,4 +1,4 @@
-"""Tiny inputs on the CPU, whose units are built; test_ops.py compares them with the reference."""
+"""Tiny inputs on the CPU, whose units are built; other tests compare them with the reference."""
 import torch
 
 from mmseg_kn.ops import kn_conv2d, unfolded

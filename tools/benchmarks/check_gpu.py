@@ -26,6 +26,8 @@ from shared import device_name, markdown, versions, write_csv
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS, DEEPLAB = ROOT / 'tools/benchmarks', ROOT / 'configs/deeplabv3'
+KERNEL_TESTS = [ROOT / f'tests/ops/test_{name}.py' for name in (
+    'reference', 'dropout', 'gradients', 'precision', 'shapes', 'triton_random')]
 NETWORKS = {'18': ('knr18', 'r18'), '50': ('knr50', 'r50')}
 
 
@@ -121,12 +123,12 @@ def commands(args: argparse.Namespace) -> list[Command]:
     return [
         Command('tests', 'networks', pytest(tiny, '-m', 'gpu', ROOT / 'tests/gpu')),
         # On a CPU `make test` runs these in Triton's interpreter.
-        Command('tests', 'kernels', pytest(tiny, ROOT / 'tests/ops/test_ops.py', '-k', (
-            'ragged and triton' if tiny else 'triton or graph or stream or int32 or device'))),
+        Command('tests', 'kernels', pytest(
+            tiny, *KERNEL_TESTS, '-k', 'ragged and triton' if tiny else 'triton')),
         *([Command('sanitizer', 'sanitizer', [
             # Each tensor its own allocation, so that reads beyond its end are seen.
             'env', 'PYTORCH_NO_CUDA_MEMORY_CACHING=1', sanitizer, sys.executable, '-m', 'pytest',
-            '-q', ROOT / 'tests/ops/test_ops.py', '-k', 'ragged or odd'])] if sanitizer else []),
+            '-q', KERNEL_TESTS[0], '-k', 'ragged or odd'])] if sanitizer else []),
         benchmark('layers', 'layers', *knconv, *([] if tiny else ['--amp'])),
         *([] if tiny else [benchmark('layers', 'layers-float32', *knconv, '--dtype', 'float32')]),
         benchmark('passes', 'passes', BENCHMARKS / 'benchmark_passes.py', *(

@@ -19,9 +19,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ['tests/test_stack.py', 'tests/checkpoints/test_safe_load.py', 'tests/ops/test_ops.py',
+TESTS = ['tests/test_stack.py', 'tests/checkpoints/test_safe_load.py',
          'tests/models/test_layers.py', 'tests/models/test_knresnet.py',
-         'tests/tools/test_tools.py']
+         'tests/tools/test_tools.py', *(f'tests/ops/test_{name}.py' for name in (
+             'reference', 'dropout', 'gradients', 'precision', 'shapes', 'dispatch'))]
 STACKS = dict(lite=('mmsegmentation', 'mmengine', 'mmcv-lite'),
               mmcv=('mmsegmentation', 'mmengine', 'mmcv'),
               onedl=('onedl-mmsegmentation', 'onedl-mmengine', 'onedl-mmcv'))
