@@ -17,7 +17,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
-from program import ROOT, load_tool
+from program import ROOT, execute, load_tool
 from torch.nn.modules.batchnorm import _BatchNorm
 from toy_cityscapes import generate
 
@@ -315,6 +315,26 @@ def test_other_schedules_and_datasets(tool, cells, tmp_path):
         type='MultiStepLR', milestones=[80, 120], end=160, eta_min=.05)
     assert cell.default_hooks.checkpoint == dict(
         type='SafeCheckpointHook', by_epoch=False, interval=160)
+
+
+def test_table_and_curves_of_rows_that_have_run(tmp_path):
+    rows = ['config,batch_size,lr,seed,iterations,mIoU,validations']
+    for name, batch, seed, length, first, last in (
+            ('a', 2, 1, 8, 10, 31), ('a', 2, 0, 8, 12, 30), ('a', 2, 7, 8, 9, 99),
+            ('b', 2, 0, 8, 5, 34), ('b', 2, 1, 8, 6, 33), ('a', 2, 0, 4, 7, 20),
+            ('b', 1, 0, 8, 5, 40)):
+        rows.append(f'deeplab_{name},{batch},0.1,{seed},{length},{last},4:{first} 8:{last}')
+    (tmp_path / 'rows.csv').write_text('\n'.join([*rows, 'deeplab_c,2,0.1,0,,,']))
+    log = execute(FOLDER / 'norm_curves.py', 'rows.csv', '--seeds', '0', '1', '--out', 'c.png',
+                  cwd=tmp_path)
+    assert [line.split(' | ')[1:] for line in log.splitlines()[2:] if line] == [
+        ['2', '0.1', '30.5', '0.7', '30.0, 31.0', '', ' |'],
+        ['2', '0.1', '33.5', '0.7', '34.0, 33.0', '+3.0', '0.2 |'],
+        ['1', '0.1', '40.0', '', '40.0', '', ' |']]
+    assert cv2.imread(str(tmp_path / 'c.png')).shape[1] > 600
+    log = execute(FOLDER / 'norm_curves.py', 'rows.csv', '--iterations', '9', cwd=tmp_path,
+                  check=False)
+    assert log == 'no row of rows.csv has these iterations, seeds and batch sizes\n'
 
 
 def test_complexity_of_a_plain_config(report):

@@ -27,6 +27,22 @@ def complexity(cfg: Config) -> tuple[float, float]:
     return sum(p.numel() for p in model.parameters()) / 1e6, macs
 
 
+def over_seeds(final: dict[int, float], others: dict[int, float] | None) -> dict[str, str]:
+    """Mean, deviation and single values of a figure by seed; and paired, the difference to others.
+
+    p is that of the t-test of those differences.
+    """
+    values, pairs = list(final.values()), []
+    if others is not None:
+        pairs = [final[seed] - others[seed] for seed in final if seed in others]
+    return {
+        'mIoU': f'{statistics.mean(values):.1f}' if values else '',
+        'std': f'{statistics.stdev(values):.1f}' if len(values) > 1 else '',
+        'of each seed': ', '.join(f'{v:.1f}' for v in values),
+        'to the first, paired': f'{statistics.mean(pairs):+.1f}' if pairs else '',
+        'p': f'{ttest_1samp(pairs, 0).pvalue:.2g}' if len(pairs) > 1 else ''}
+
+
 def summary(groups: dict, lrs: dict, sizes: dict, first: str) -> list[dict]:
     """A row for each config and batch size."""
     rows = []
@@ -36,15 +52,9 @@ def summary(groups: dict, lrs: dict, sizes: dict, first: str) -> list[dict]:
         final = {seed: r['miou'][-1][1] for seed, r in done.items()}
         others = {seed: r['miou'][-1][1] for seed, r in groups.get((first, batch), {}).items()
                   if 'error' not in r}
-        pairs = [final[seed] - others[seed] for seed in final if seed in others and name != first]
-        values = list(final.values())
         rows.append({
             'config': name, 'batch size': batch, 'lr': f'{lrs[name, batch]:.4g}',
-            'mIoU': f'{statistics.mean(values):.1f}' if values else '',
-            'std': f'{statistics.stdev(values):.1f}' if len(values) > 1 else '',
-            'of each seed': ', '.join(f'{v:.1f}' for v in values),
-            'to the first, paired': f'{statistics.mean(pairs):+.1f}' if pairs else '',
-            'p': f'{ttest_1samp(pairs, 0).pvalue:.2g}' if len(pairs) > 1 else '',
+            **over_seeds(final, None if name == first else others),
             'images/s': f"""{statistics.median(batch / r['iteration_seconds']
                                                for r in done.values()):.2f}""" if done else '',
             'peak MiB': max((r['gpu_mib'] or r['resident_mib'] for r in done.values()),
