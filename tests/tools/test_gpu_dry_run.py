@@ -44,13 +44,17 @@ def test_other_sizes_compile_nothing_new(rows):
 
 
 def test_threads_load_several_elements_at_once(rows):
-    for channels in (256, 724):
-        assert min(values(rows, f'min_load_bits_{channels}')) >= 64
+    for channels, bits in ((256, 64), (724, 64), (810, 32), (201, 16)):
+        assert min(values(rows, f'min_load_bits_{channels}')) >= bits
 
 
 def test_instructions_of_an_element(rows):
-    """Of these, Philox's seven rounds take about seven."""
+    """Of these, Philox's seven rounds take about seven.
+
+    Where rows are of odd length every element has an address of its own.
+    """
     assert max(values(rows, 'instructions_channel_sums')) <= 36
     assert max(values(rows, 'shuffles_channel_sums')) == 0
-    assert max(values(rows, 'instructions_scale_grad')) <= 30
-    assert max(values(rows, 'instructions_add_moment_grads')) <= 30
+    for (name, case), value in rows.items():
+        if name in ('instructions_scale_grad', 'instructions_add_moment_grads'):
+            assert value <= (36 if case.startswith('201') else 30), case

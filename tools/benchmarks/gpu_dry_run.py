@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=200,
                         help='of the timing, 0 for none (%(default)s)')
-    parser.add_argument('--channels', type=int, nargs='+', default=[256, 724],
+    parser.add_argument('--channels', type=int, nargs='+', default=[256, 724, 810, 201],
                         help='of which the machine code is read (%(default)s)')
     parser.add_argument('--depths', type=int, nargs='+', default=[18, 50],
                         help='of the KNResNets whose variants are counted (%(default)s)')
