@@ -317,6 +317,36 @@ def test_other_schedules_and_datasets(tool, cells, tmp_path):
         type='SafeCheckpointHook', by_epoch=False, interval=160)
 
 
+def test_a_config_and_its_kernel_normalized_twin(tool, cells, tmp_path):
+    path = ROOT / f'configs/deeplabv3/{BN}.py'
+    cfg = tool.load(str(path), SimpleNamespace(data_root=None, cfg_options=None))
+    twin = tool.kernelized(cfg)
+    assert cfg.model.type == 'EncoderDecoder' and cfg.model.data_preprocessor.mean[0] > 100
+    assert twin.model.model.data_preprocessor.mean == [0, 0, 0]
+    assert twin.model.model.data_preprocessor.std == [255, 255, 255]
+    assert twin.optim_wrapper.clip_grad == dict(max_norm=1)
+    assert 'mmseg_kn' in twin.custom_imports.imports
+    cell, = cells.grid({f'{BN}-kn': twin}, [1], [0], tmp_path)
+    cell.cfg.dump(tmp_path / 'config.py')  # as it is trained from
+    init_default_scope('mmseg')
+    layers = list(MODELS.build(Config.fromfile(tmp_path / 'config.py').model).modules())
+    assert any(isinstance(layer, KNConv2d) for layer in layers)
+    assert not any(isinstance(layer, _BatchNorm) for layer in layers)
+
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='weights.pth')
+    assert tool.kernelized(cfg).model.model.data_preprocessor.mean[0] > 100  # as they know it
+    with pytest.raises(SystemExit, match='has KernelNormalized already'):
+        tool.kernelized(twin)
+
+
+def test_rates_of_configs_and_twins(tool, monkeypatch, capsys):
+    config = str(ROOT / f'configs/deeplabv3/{BN}.py')
+    monkeypatch.setattr(sys, 'argv', ['compare_norms.py', config, '--kernelize', '--lrs', '.1'])
+    with pytest.raises(SystemExit):
+        tool.parse_args()
+    assert 'each of the 2 configs, twins included, got 1' in capsys.readouterr().err
+
+
 def test_table_and_curves_of_rows_that_have_run(tmp_path):
     rows = ['config,batch_size,lr,seed,iterations,mIoU,validations']
     for name, batch, seed, length, first, last in (

@@ -17,10 +17,17 @@ comes after --cfg-options.
         --batch-sizes 1 2 8 --scan-lrs 0.01 0.03 0.1 --scan-seed 3 --seeds 0 1 2 \\
         --work-dir work_dirs/compare_norms
 
+--kernelize trains each config once more as NAME-kn: its network with kernel normalization in place
+of BatchNorm (docs/any_model.md), gradients clipped at norm 1, and images in [0, 1] unless it
+loads weights. --lrs then has a rate for each config and one for its twin in turn:
+
+    python tools/benchmarks/compare_norms.py CONFIG --kernelize --lrs 0.1 0.03 --batch-sizes 1 2
+
 In --work-dir: results.csv (a line for each cell, with every validation), table.md and table.csv,
 figures.png.
 """
 import argparse
+import copy
 import signal
 import sys
 from pathlib import Path
@@ -43,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_args(parser, 'differences are to the first', several=True)
+    parser.add_argument('--kernelize', action='store_true',
+                        help='each config against its own network with kernel normalization')
     parser.add_argument('--batch-sizes', nargs='+', type=int,
                         help="images an iteration; by default each config's own")
     parser.add_argument('--lrs', nargs='+', type=float,
@@ -66,11 +75,13 @@ def parse_args() -> argparse.Namespace:
         if not Path(path).is_file():
             parser.error(f'no config {path}')
     names = [Path(path).stem for path in args.configs]
+    if args.kernelize:
+        names += [f'{name}-kn' for name in names]
     if len(set(names)) < len(names):
         parser.error(f'the configs must have different names, got {names}')
-    if args.lrs and len(args.lrs) != len(args.configs):
-        parser.error(f'--lrs takes one learning rate for each of the {len(args.configs)} configs, '
-                     f'got {len(args.lrs)}')
+    if args.lrs and len(args.lrs) != len(names):
+        parser.error(f'--lrs takes one learning rate for each of the {len(names)} configs'
+                     f'{", twins included" * args.kernelize}, got {len(args.lrs)}')
     if args.lrs and args.scan_lrs:
         parser.error('--lrs gives the learning rates and --scan-lrs looks for them: give one')
     if bool(args.scan_lrs) != (args.scan_seed is not None) or args.scan_seed in args.seeds:
@@ -93,6 +104,31 @@ def load(path: str, args: argparse.Namespace) -> Config:
             for dataset in innermost(cfg[f'{split}_dataloader'].dataset):
                 dataset.data_root = args.data_root
     return merge_options(cfg, args.cfg_options)
+
+
+def kernelized(cfg: Config) -> Config:
+    """The config whose network is that of ``cfg`` with kernel normalization."""
+    cfg, network = copy.deepcopy(cfg), cfg.model.to_dict()
+    if network['type'] == 'KernelNormalized':
+        raise SystemExit(f'--kernelize takes configs with BatchNorm; {cfg.filename} has '
+                         'KernelNormalized already')
+    preprocessor = network.get('data_preprocessor') or {}
+    if preprocessor.get('mean') and not loads_weights(network):
+        channels = len(preprocessor['mean'])
+        preprocessor.update(mean=[0] * channels, std=[255] * channels)
+    cfg.model = dict(type='KernelNormalized', model=network)
+    cfg.optim_wrapper.clip_grad = dict(max_norm=1)
+    modules = (cfg.get('custom_imports') or {}).get('imports', [])
+    cfg.custom_imports = dict(imports=['mmseg_kn', *modules], allow_failed_imports=False)
+    return cfg
+
+
+def loads_weights(network: dict | list) -> bool:
+    """Whether a model's config names weights to start from."""
+    if isinstance(network, dict):
+        return bool(network.get('pretrained')) or network.get('type') == 'Pretrained' or any(
+            map(loads_weights, network.values()))
+    return isinstance(network, (list, tuple)) and any(map(loads_weights, network))
 
 
 def best_rates(results: list[tuple[Cell, dict]]) -> dict[tuple[str, int], float]:
@@ -120,7 +156,11 @@ def main() -> None:
     args = parse_args()
     # As Ctrl-C does, so that no training is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    configs = {Path(path).stem: load(path, args) for path in args.configs}
+    configs = {}
+    for path in args.configs:
+        configs[Path(path).stem] = load(path, args)
+        if args.kernelize:
+            configs[f'{Path(path).stem}-kn'] = kernelized(configs[Path(path).stem])
     sizes = {name: complexity(cfg) for name, cfg in configs.items()}
     scanned, best = [], {}
     if args.scan_lrs:
