@@ -1,9 +1,12 @@
-"""Tells at the start of a training whether its schedule is the one that the config says."""
+"""Tells at the start of a training whether it goes on where, and as, the config says."""
+from os.path import realpath
+
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner.checkpoint import find_latest_checkpoint
 
 # What says when a scheduler of mmengine does something.
 _WHEN = ('begin', 'end', 'total_iters', 'T_max', 'step_size', 'milestones')
@@ -24,13 +27,18 @@ def _schedules(runner) -> list[tuple[str, dict]]:
 
 @HOOKS.register_module()
 class ScheduleCheckHook(Hook):
-    """Warns of two schedules that mmengine follows without a word.
+    """Warns of what mmengine does at the start of a training without a word.
 
     * A resumed training goes on by the checkpoint's learning rate schedule, whatever the config
       says. If that is longer, the learning rate stays at its end (mmengine's FlexibleRunner, for
       FSDP and DeepSpeed, resumes before any hook is asked; there this is not seen).
     * An epoch ends with the sampler, and ``InfiniteSampler`` never ends: a training by epochs does
       not validate, save or finish.
+    * ``--resume`` goes on from ``load_from``, where a config has one, and not from the last
+      checkpoint of the work_dir.
+
+    Raises:
+        ValueError: A checkpoint to go on from holds weights alone, no state of a training.
     """
 
     def __init__(self) -> None:
@@ -38,6 +46,22 @@ class ScheduleCheckHook(Hook):
 
     def before_run(self, runner) -> None:
         self.configured = _schedules(runner)  # the checkpoint comes next
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if not runner._resume:
+            return
+        own = find_latest_checkpoint(runner.work_dir)
+        start = 'to start a training from these weights leave --resume out'
+        if own and runner._load_from:
+            start = f'to go on from {own} add --cfg-options load_from=None; {start}'
+        if 'iter' not in checkpoint.get('meta', {}):
+            raise ValueError(
+                '--resume needs a checkpoint that a training has saved, with its iteration and '
+                f'optimizer; load_from={runner._load_from!r} holds weights alone; {start}')
+        if own and runner._load_from and realpath(own) != realpath(runner._load_from):
+            runner.logger.warning(
+                f'--resume goes on from load_from={runner._load_from!r}, which the config names; '
+                f'{start}')
 
     def before_train(self, runner) -> None:
         differ = []

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from mmengine.config import Config
+import torch
+from mmengine.config import Config, DictAction
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.optim import MultiStepLR, PolyLR
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
@@ -48,6 +49,39 @@ def test_a_longer_schedule_is_not_taken_up(work):
 def test_the_same_schedule_is_resumed_silently(work):
     said, _ = train(tiny_runner(work, 4, end=2, resume=True, custom_hooks=HOOKS))
     assert said == []
+
+
+def test_going_on_from_the_weights_that_a_config_starts_from(work, tmp_path):
+    """Of mmengine's KeyError: 'epoch'; each remedy, to the letter."""
+    weights = tmp_path / 'weights.pth'
+    torch.save(dict(state_dict=torch.load(work / 'iter_2.pth', weights_only=False)['state_dict']),
+               weights)
+    options = dict(custom_hooks=HOOKS, load_from=str(weights))
+    runner = tiny_runner(tmp_path / 'new', 2, resume=True, **options)
+    with pytest.raises(ValueError, match=r"load_from='.*weights.pth' holds weights alone; to start"
+                                         ' a training from these weights leave --resume out$'):
+        runner.train()
+    tiny_runner(tmp_path / 'new', 2, **options).train()
+    runner = tiny_runner(tmp_path / 'new', 4, resume=True, **options)
+    with pytest.raises(ValueError, match=r'to go on from .*iter_2.pth add --cfg-options '
+                                         'load_from=None; to start'):
+        runner.train()
+    options['load_from'] = DictAction._parse_iterable('None')
+    runner = tiny_runner(tmp_path / 'new', 4, resume=True, **options)
+    runner.train()
+    assert runner.iter == 4
+
+
+def test_going_on_from_another_checkpoint_than_the_last(work, tmp_path):
+    """As mmengine has it, but not without a word."""
+    tiny_runner(tmp_path, 3, custom_hooks=HOOKS).train()
+    runner = tiny_runner(tmp_path, 4, resume=True, custom_hooks=HOOKS,
+                         load_from=str(work / 'iter_2.pth'))
+    with mock.patch.object(runner.logger, 'warning') as warning:
+        runner.train()
+    said, = (text for text in (call.args[0] for call in warning.call_args_list)
+             if 'goes on from load_from' in text)
+    assert 'iter_3.pth add --cfg-options load_from=None' in said
 
 
 def warned(loop, sampler, batch_sampler=None, schedulers=None, loaded=None):
