@@ -108,3 +108,11 @@ def test_parametrized_networks_start_as_they_are(tool, parametrization):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in lengths)
     if parametrization == 'weight_norm':  # a weight of length zero grows by its length
         assert all(m.parametrizations.weight.original0.grad.any() for m in zero)
+
+
+def test_statistics_that_stay(tool):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    tool.FrozenBatchNormHook().before_train_iter(SimpleNamespace(model=net), 0)
+    net(torch.randn(1, 3, 1, 1) + 5).sum().backward()  # one value of each channel
+    assert torch.equal(net[1].running_mean, torch.zeros(4))
+    assert net[1].weight.grad.abs().sum() > 0 and net[0].training

@@ -186,3 +186,13 @@ class EpsHook(Hook):
             if hasattr(module, 'dropout_p') and hasattr(module, 'eps') and (
                     not name.endswith('stem')):
                 module.eps = self.eps
+
+
+@HOOKS.register_module()
+class FrozenBatchNormHook(Hook):
+    """BatchNorm keeps the statistics of its checkpoint: images do not meet. All else trains."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        for module in runner.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
