@@ -362,6 +362,9 @@ def test_table_and_curves_of_rows_that_have_run(tmp_path):
         ['2', '0.1', '33.5', '0.7', '34.0, 33.0', '+3.0', '0.2 |'],
         ['1', '0.1', '40.0', '', '40.0', '', ' |']]
     assert cv2.imread(str(tmp_path / 'c.png')).shape[1] > 600
+    log = execute(FOLDER / 'norm_curves.py', 'rows.csv', '--first', '_b', cwd=tmp_path)
+    assert [line.split(' | ')[0] for line in log.splitlines()[2:] if line] == [
+        '| deeplab_b', '| deeplab_b', '| deeplab_a']
     log = execute(FOLDER / 'norm_curves.py', 'rows.csv', '--iterations', '9', cwd=tmp_path,
                   check=False)
     assert log == 'no row of rows.csv has these iterations, seeds and batch sizes\n'

@@ -4,7 +4,7 @@ Rows that share config, options, batch size and learning rate are one group, who
 averaged. Differences are to the first group of the same batch size, paired by seed.
 
     python tools/benchmarks/norm_curves.py docs/benchmarks/camvid_long_cpu.csv \\
-        --iterations 6400 --seeds 0 1 2 --out curves.png
+        --iterations 6400 --first knr18 --out curves.png
 """
 import argparse
 import csv
@@ -23,6 +23,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--iterations', type=int, help='of trainings to take; by default the most')
     parser.add_argument('--seeds', nargs='+', type=int, help='by default all')
     parser.add_argument('--batch-sizes', nargs='+', type=int, help='by default all')
+    parser.add_argument('--first', default='', help='what the name of the first config contains; '
+                        'by default it is that of the first row')
     parser.add_argument('--out', type=Path, help='a picture')
     return parser.parse_args()
 
@@ -30,6 +32,7 @@ def parse_args() -> argparse.Namespace:
 def groups_of(rows: list[dict], args: argparse.Namespace) -> dict[tuple, dict[int, dict]]:
     """Rows by (config, options, batch size, learning rate), and then by seed, in their order."""
     rows = [row for row in rows if row['mIoU']]  # else it failed
+    rows.sort(key=lambda row: args.first not in row['config'])
     length = args.iterations or max((int(row['iterations']) for row in rows), default=0)
     groups = {}
     for row in rows:
