@@ -28,3 +28,12 @@ def no_checkpoints_left(tmp_path_factory):
     for path in tmp_path_factory.getbasetemp().rglob('*.pth'):
         if path.is_file():  # a sharded one is a folder
             path.unlink()
+
+
+@pytest.fixture(scope='module')
+def full_float32():
+    """GPUs would round what is compared in float32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

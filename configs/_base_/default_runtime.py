@@ -18,7 +18,8 @@ tta_model = dict(type='SegTTAModel')
 # The first logs stem_signal, and warns if the stem of a KernelNorm network is
 # lost. The second compares the classes of heads, data and checkpoint. The third
 # warns if kernel normalization does not reach all of the network. The fourth
-# warns if a resumed training keeps another schedule, or an epoch never ends.
+# warns if a resumed training keeps another schedule or does not go on from its
+# last checkpoint, and if an epoch never ends.
 # The last lays feature maps out as the kernels of a GPU want them.
 custom_hooks = [
     dict(type='StemSignalHook'), dict(type='ClassCheckHook'),

@@ -50,18 +50,19 @@ class ScheduleCheckHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if not runner._resume:
             return
-        own = find_latest_checkpoint(runner.work_dir)
-        start = 'to start a training from these weights leave --resume out'
-        if own and runner._load_from:
-            start = f'to go on from {own} add --cfg-options load_from=None; {start}'
+        own, given = find_latest_checkpoint(runner.work_dir), runner._load_from
+        source = given or own
+        other = own and realpath(own) != realpath(source)
+        remedy = (f'to go on from {own} add --cfg-options load_from=None; ' if other else '') + (
+            'to start a training from these weights take '
+            f'--cfg-options load_from={source} without --resume')
         if 'iter' not in checkpoint.get('meta', {}):
             raise ValueError(
                 '--resume needs a checkpoint that a training has saved, with its iteration and '
-                f'optimizer; load_from={runner._load_from!r} holds weights alone; {start}')
-        if own and runner._load_from and realpath(own) != realpath(runner._load_from):
-            runner.logger.warning(
-                f'--resume goes on from load_from={runner._load_from!r}, which the config names; '
-                f'{start}')
+                f'optimizer; {source} holds weights alone; {remedy}')
+        if other:
+            runner.logger.warning(f'--resume goes on from {source}, which load_from names, and '
+                                  f'not from {own}; {remedy}')
 
     def before_train(self, runner) -> None:
         differ = []

@@ -58,8 +58,9 @@ def test_going_on_from_the_weights_that_a_config_starts_from(work, tmp_path):
                weights)
     options = dict(custom_hooks=HOOKS, load_from=str(weights))
     runner = tiny_runner(tmp_path / 'new', 2, resume=True, **options)
-    with pytest.raises(ValueError, match=r"load_from='.*weights.pth' holds weights alone; to start"
-                                         ' a training from these weights leave --resume out$'):
+    with pytest.raises(ValueError, match=rf'{weights} holds weights alone; to start a training '
+                                         'from these weights take --cfg-options '
+                                         rf'load_from={weights} without --resume$'):
         runner.train()
     tiny_runner(tmp_path / 'new', 2, **options).train()
     runner = tiny_runner(tmp_path / 'new', 4, resume=True, **options)
@@ -71,6 +72,13 @@ def test_going_on_from_the_weights_that_a_config_starts_from(work, tmp_path):
     runner.train()
     assert runner.iter == 4
 
+    (tmp_path / 'bare').mkdir()  # weights, as published, where a training has left its last ones
+    (tmp_path / 'bare/last_checkpoint').write_text(str(weights))
+    runner = tiny_runner(tmp_path / 'bare', 2, resume=True, custom_hooks=HOOKS)
+    with pytest.raises(ValueError, match=rf'{weights} holds weights alone; to start .* take '
+                                         rf'--cfg-options load_from={weights} without'):
+        runner.train()
+
 
 def test_going_on_from_another_checkpoint_than_the_last(work, tmp_path):
     """As mmengine has it, but not without a word."""
@@ -80,8 +88,10 @@ def test_going_on_from_another_checkpoint_than_the_last(work, tmp_path):
     with mock.patch.object(runner.logger, 'warning') as warning:
         runner.train()
     said, = (text for text in (call.args[0] for call in warning.call_args_list)
-             if 'goes on from load_from' in text)
-    assert 'iter_3.pth add --cfg-options load_from=None' in said
+             if 'which load_from names' in text)
+    assert f'goes on from {work / "iter_2.pth"}, ' in said
+    assert f'not from {tmp_path / "iter_3.pth"}; ' in said
+    assert 'iter_3.pth add --cfg-options load_from=None; ' in said
 
 
 def warned(loop, sampler, batch_sampler=None, schedulers=None, loaded=None):

@@ -5,6 +5,8 @@ from op_cases import PASSES, TOLERANCE, make_case, relative_error, run
 
 from mmseg_kn.ops import chosen_impl, kn_conv2d
 
+pytestmark = pytest.mark.usefixtures('full_float32')
+
 
 def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(

@@ -22,7 +22,7 @@ from mmseg_kn.ops import fused, kernel_norm2d, kn_conv2d
 from mmseg_kn.ops.geometry import make_geometry
 
 triton_passes = pytest.importorskip('mmseg_kn.ops.triton_passes')
-pytestmark = pytest.mark.usefixtures('largest_tiny')
+pytestmark = pytest.mark.usefixtures('full_float32', 'largest_tiny')
 
 
 @pytest.mark.parametrize('impl', IMPLS)

@@ -6,7 +6,7 @@ from op_cases import ALL_FORMS, BOTH_FORMS, DEVICE, EPILOGUES, PASSES, make_case
 
 from mmseg_kn.ops import kernel_norm2d, kn_conv2d
 
-pytestmark = pytest.mark.usefixtures('largest_tiny')
+pytestmark = pytest.mark.usefixtures('full_float32', 'largest_tiny')
 GRADCHECKS = [
     dict(padding=2, dilation=2, dropout_p=0.2, training=True),
     dict(kernel=(2, 3), groups=2, padding=(1, 2, 0, 3), stride=(1, 2), dilation=(2, 1),

@@ -7,7 +7,7 @@ from op_cases import ALL_FORMS, DEVICE, IMPLS, PASSES, make_case, relative_error
 
 from mmseg_kn.ops import kernel_norm2d, kn_conv2d
 
-pytestmark = pytest.mark.usefixtures('largest_tiny')
+pytestmark = pytest.mark.usefixtures('full_float32', 'largest_tiny')
 
 
 @pytest.mark.parametrize('channels_last', [False, True])

@@ -21,7 +21,7 @@ from mmseg_kn.ops import kernel_norm2d, kn_conv2d
 from mmseg_kn.ops.box_means import box_mean, box_mean_transpose
 from mmseg_kn.ops.geometry import make_geometry
 
-pytestmark = pytest.mark.usefixtures('largest_tiny')
+pytestmark = pytest.mark.usefixtures('full_float32', 'largest_tiny')
 
 
 @pytest.mark.parametrize('impl', IMPLS)

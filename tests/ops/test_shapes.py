@@ -8,7 +8,7 @@ from mmseg_kn.ops.geometry import make_geometry
 
 triton_backward = pytest.importorskip('mmseg_kn.ops.triton_backward')
 triton_forward = pytest.importorskip('mmseg_kn.ops.triton_forward')
-pytestmark = pytest.mark.usefixtures('largest_tiny')
+pytestmark = pytest.mark.usefixtures('full_float32', 'largest_tiny')
 
 
 @pytest.mark.parametrize('impl', [*IMPLS, 'triton'])

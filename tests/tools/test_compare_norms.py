@@ -333,8 +333,10 @@ def test_a_config_and_its_kernel_normalized_twin(tool, cells, tmp_path):
     assert any(isinstance(layer, KNConv2d) for layer in layers)
     assert not any(isinstance(layer, _BatchNorm) for layer in layers)
 
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='weights.pth')
-    assert tool.kernelized(cfg).model.model.data_preprocessor.mean[0] > 100  # as they know it
+    for key in ('model.backbone.init_cfg', 'load_from'):  # weights, which know their input
+        cfg = tool.load(str(path), SimpleNamespace(data_root=None, cfg_options={
+            key: 'w.pth' if key == 'load_from' else dict(type='Pretrained', checkpoint='w.pth')}))
+        assert tool.kernelized(cfg).model.model.data_preprocessor.mean[0] > 100
     with pytest.raises(SystemExit, match='has KernelNormalized already'):
         tool.kernelized(twin)
 

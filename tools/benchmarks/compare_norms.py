@@ -113,7 +113,7 @@ def kernelized(cfg: Config) -> Config:
         raise SystemExit(f'--kernelize takes configs with BatchNorm; {cfg.filename} has '
                          'KernelNormalized already')
     preprocessor = network.get('data_preprocessor') or {}
-    if preprocessor.get('mean') and not loads_weights(network):
+    if preprocessor.get('mean') and not (cfg.get('load_from') or loads_weights(network)):
         channels = len(preprocessor['mean'])
         preprocessor.update(mean=[0] * channels, std=[255] * channels)
     cfg.model = dict(type='KernelNormalized', model=network)

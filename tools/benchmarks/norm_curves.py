@@ -1,7 +1,8 @@
 """Trainings of one length from rows of compare_norms.py: a table, and validation mIoU on the way.
 
 Rows that share config, options, batch size and learning rate are one group, whose seeds are
-averaged. Differences are to the first group of the same batch size, paired by seed.
+averaged; of a seed that was trained twice the later row counts. Differences are to the first group
+of the same batch size, paired by seed.
 
     python tools/benchmarks/norm_curves.py docs/benchmarks/camvid_long_cpu.csv \\
         --iterations 6400 --first knr18 --out curves.png
