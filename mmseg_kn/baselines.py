@@ -9,6 +9,7 @@ from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
 
 from .models.activation import activation_name, build_activation
+from .models.knconvnext import EPS, KNConvNeXt, LayerNorm2d
 from .models.knresnet import KNResNet
 from .models.layers import KernelNorm2d, KNConv2d
 from .models.preact_resnet import PreActResNetCls  # noqa: F401 (configs name it by this module)
@@ -176,3 +177,33 @@ class ResNetCls(ResNet):
             for module in self.modules():
                 if isinstance(getattr(module, 'relu', None), nn.ReLU):
                     module.relu = build_activation(activation)[0]
+
+
+@MODELS.register_module()
+class LNConvNeXt(KNConvNeXt):
+    """ConvNeXt: :class:`KNConvNeXt` with LayerNorm in the downsamplings, as mmpretrain has it.
+
+    For comparisons on the main stack, which has no mmpretrain. LayerNorm and a convolution 2x2
+    with stride 2 take the place of ReLU and KNConv. Pretrained weights of KNConvNeXt have no such
+    layers.
+
+    Args:
+        args: As for KNConvNeXt; ``dropout_p`` has no effect.
+        kwargs: Likewise.
+
+    Shape:
+        As KNConvNeXt.
+
+    Raises:
+        ValueError: As KNConvNeXt does.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for i, layer in enumerate(self.downsample_layers):
+            if isinstance(layer, KNConv2d):
+                conv = nn.Conv2d(layer.in_channels, layer.out_channels, 2, stride=2)
+                conv.weight, conv.bias = layer.weight, layer.bias
+                self.downsample_layers[i] = nn.Sequential(
+                    LayerNorm2d(layer.in_channels, eps=EPS), conv)
+        self._freeze_stages()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.diagnose import misfit
 from .activation import KEY, activation_name, activation_of, build_activation, name_as_tensor
+from .initializers import spread_biases
 from .knresnet_stages import ARCHS, NUM_STAGES, StageSpec, TransitionSpec, dense_stages
 from .layers import KernelNorm2d, KNConv2d
 from .max_pool import max_pool2d
@@ -144,6 +145,8 @@ class Trunk(BaseModule):
                        for dilation in spec.dilations]
             self.add_module(name, nn.Sequential(*layers))
             channels = spec.channels
+        if self.activation != 'relu':
+            spread_biases(self)
         self._freeze_stages()
 
     def forward_stem(self, x: Tensor) -> Tensor:
@@ -182,7 +185,9 @@ class KNResNet(Trunk):
     No layer sees another sample of the batch, in training or evaluation: it trains with one
     image per GPU, and there is nothing to synchronize or to freeze. The dilated network
     computes what the strided one computes, at more positions. Weights start Kaiming normal: the
-    stem at fan in, all others at fan out as the authors have them.
+    stem at fan in, all others at fan out as the authors have them. Biases start at zero; with
+    another activation than ReLU uniform within 1 / sqrt(fan in), as torch's, so that gradients
+    stay finite where an image is black.
 
     Args:
         depth: 18, 34, 50 or 101.

@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .activation import build_activation
+from .initializers import spread_biases
 from .knresnet import Trunk
 from .knresnet_stages import ARCHS, classifier_stages
 from .layers import KernelNorm2d, KNConv2d
@@ -71,6 +72,8 @@ class KNResNetCls(Trunk):
         if not ARCHS[depth].bottleneck:
             self.tail = KNConv2d(self.feat_dim, TAIL_CHANNELS, 2, padding=int(low_resolution),
                                  dropout_p=dropout_p, input_activation=fused, keep_output=True)
+            if self.activation != 'relu':
+                spread_biases(self.tail)
             self.feat_dim = TAIL_CHANNELS
             self.min_size = 16 if low_resolution else 93
         self.norm = KernelNorm2d(self.feat_dim, dropout_p=min(5 * dropout_p, 0.25),

@@ -43,9 +43,10 @@ def check_batch(model: nn.Module, optim_wrapper, data_batch: dict) -> None:
                          'BatchNorm) or a loss that is no mean over samples')
     for name, (samples, grad) in beside.items():
         if not (samples.mean(0) - grad).norm() <= 0.02 * grad.norm() + 1e-7:
-            raise ValueError(f'the gradients of the samples do not add up to that of {name}; its '
-                             'layer may pad otherwise than with zeros, or its weight be used '
-                             'outside of it')
+            raise ValueError(f'the gradients of the samples do not add up to that of {name}, of '
+                             f'norm {grad.norm():.3g}; its layer may pad otherwise than with '
+                             'zeros, its weight be used outside of it, or gradients explode, as '
+                             'without ReLU where images are black and biases zero')
     losses = [_loss(model, optim_wrapper, batch) for batch in (
         [sample], [other], [sample, other])]
     mean = (losses[0] + losses[1]) / 2

@@ -5,6 +5,7 @@ import mmseg
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
@@ -14,9 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_kn import KNConv2d, KNConvNeXt
 from mmseg_kn.engine.partial_norm_hook import norm_faults
+from mmseg_kn.models.knconvnext import ARCHS, as_arch
 
+ATTO = ((2, 2, 6, 2), (40, 80, 160, 320))  # of ConvNeXt V2's paper, and mmpretrain
 FOLDER = ROOT / 'configs/knconvnext'
-CONFIGS = sorted(path.stem for path in FOLDER.glob('*.py'))
+CONFIGS = sorted(path.stem for path in FOLDER.glob('knconvnext*.py'))
 
 
 def load(name):
@@ -29,7 +32,8 @@ def load(name):
 def test_is_kernel_normalized_throughout(name):
     cfg = load(name)
     assert cfg.custom_imports == dict(imports=['mmseg_kn'], allow_failed_imports=False)
-    assert cfg.model.backbone.arch == name.split('_')[0].removeprefix('knconvnext-')
+    arch = name.split('_')[0].removeprefix('knconvnext-')
+    assert as_arch(cfg.model.backbone.arch) == (ATTO if arch == 'atto' else ARCHS[arch])
     assert cfg.data_preprocessor == cfg.model.data_preprocessor
     with torch.device('meta'):  # the large one has 234 million weights
         model = MODELS.build(cfg.model)
@@ -84,3 +88,31 @@ def test_differs_from_mmsegs_config_in_the_normalization(size):
     assert mine.model.test_cfg == theirs.model.test_cfg
     assert mine.model.backbone == dict(
         type='KNConvNeXt', arch=size, drop_path_rate=theirs.model.backbone.drop_path_rate)
+
+
+CAMVID = 'upernet_1xb2-1600_camvid-160x160'
+
+
+@pytest.mark.parametrize(('name', 'norm'), [
+    ('convnext-atto', torch.nn.SyncBatchNorm), ('convnext-atto-gn', torch.nn.GroupNorm)])
+def test_twins_differ_in_the_normalization(name, norm):
+    mine, twin = load(f'knconvnext-atto_{CAMVID}'), load(f'{name}_{CAMVID}')
+    for key in ('train_dataloader', 'val_dataloader', 'val_evaluator', 'param_scheduler',
+                'train_cfg', 'data_preprocessor', 'optim_wrapper', 'custom_hooks'):
+        assert mine[key] == twin[key], key
+    twin.model.data_preprocessor.size = size = (64, 96)
+    torch.manual_seed(0)
+    model = MODELS.build(twin.model)
+    heads = [model.decode_head, model.auxiliary_head]
+    norms = [m for head in heads for m in head.modules() if isinstance(m, norm)]
+    assert len(norms) == 13 and not any(  # every convolution of the heads but their logits
+        isinstance(m, KNConv2d) for m in model.modules())
+    stem, *openings = model.backbone.downsample_layers
+    shapes = [[tuple(p.shape) for p in opening.parameters()] for opening in openings]
+    assert shapes == [[(c, ), (c, ), (2 * c, c, 2, 2), (2 * c, )] for c in (40, 80, 160)]
+    x = torch.rand(2, 40, 6, 8)
+    expected = torch.nn.functional.layer_norm(
+        x.permute(0, 2, 3, 1), (40, ), eps=1e-6).permute(0, 3, 1, 2)
+    torch.testing.assert_close(openings[0](x), torch.nn.functional.conv2d(
+        expected, openings[0][1].weight, openings[0][1].bias, stride=2))
+    check_steps(revert_sync_batchnorm(model), 2, size, 'backbone.downsample_layers.0.0', stride=32)

@@ -42,6 +42,8 @@ def test_every_activation_of_the_network(activation, kind):
     relu = build('relu')
     assert not any(isinstance(m, kind) for m in relu.modules())
     assert not torch.equal(net(x)[0], relu(x)[0])
+    for p, q in zip(relu.parameters(), net.parameters(), strict=True):
+        p.data.copy_(q)  # the first biases differ
     # ReLU inside the layers is what a ReLU outside of them computes.
     for module in net.modules():
         if isinstance(getattr(module, 'act', None), kind):
@@ -105,3 +107,40 @@ def test_averages_keep_it():
     average = ExponentialMovingAverage(net)
     average.update_parameters(net)
     build('mish').load_state_dict(average.module.state_dict())
+
+
+@pytest.mark.parametrize('activation', ['mish', 'silu', 'gelu'])
+@pytest.mark.parametrize('classifier', [False, True])
+def test_gradients_where_an_image_is_black(activation, classifier):
+    """With biases of zero they were ten million times as large, as nothing but ReLU stops them."""
+    torch.manual_seed(0)
+    kwargs = dict(activation=activation, dropout_p=0.)
+    net = (KNResNetClassifier(18, 10, low_resolution=True, **kwargs) if classifier else
+           KNResNet(18, **kwargs))
+    image = torch.rand(1, 3, 64, 64)
+    black = image.clone()
+    black[..., 32:] = 0
+
+    def norm(x):
+        y = net(x) if classifier else net(x)[-1]
+        grads = torch.autograd.grad(y.square().mean(), list(net.parameters()), allow_unused=True)
+        return torch.stack([g.norm() for g in grads if g is not None]).norm()
+
+    assert norm(black) < 10 * norm(image)
+
+
+def test_biases_start_as_torchs_but_for_relu():
+    assert not any(m.bias.any() for m in build('relu').modules() if isinstance(m, KNConv2d))
+    convs = [m for m in build('mish').modules() if isinstance(m, KNConv2d)]
+    for bias, bound in ((m.bias, m.weight[0].numel() ** -0.5) for m in convs):
+        assert 0.8 * bound < bias.abs().max() <= bound
+
+
+def test_first_weights_as_torchs():
+    net = KNResNet(**OUT, init_cfg=dict(type='TorchConv', layer='KNConv2d'))
+    torch.manual_seed(1)
+    net.init_weights()
+    torch.manual_seed(1)
+    for conv in (m for m in net.modules() if isinstance(m, KNConv2d)):
+        twin = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size)
+        assert torch.equal(conv.weight, twin.weight) and torch.equal(conv.bias, twin.bias)

@@ -10,7 +10,7 @@ pytest.importorskip('opacus')
 from opacus.accountants.utils import get_noise_multiplier  # noqa: E402
 from private import wrapper_for  # noqa: E402
 
-from mmseg_kn import KNConv2d, KNConvNeXt  # noqa: E402
+from mmseg_kn import KNConv2d, KNConvNeXt, KNResNetClassifier  # noqa: E402
 from mmseg_kn.models.knresnet import Block  # noqa: E402
 from mmseg_kn.privacy import GradSampler  # noqa: E402
 from mmseg_kn.privacy.probe import check_batch  # noqa: E402
@@ -75,6 +75,17 @@ class Classifier(BaseModel):
         return dict(loss=F.cross_entropy(logits, labels))
 
 
+class Whole(BaseModel):
+    """A network that gives logits, as a model of the Runner."""
+
+    def __init__(self, net):
+        super().__init__(ImgDataPreprocessor([0.] * 3, [255.] * 3))
+        self.net = net
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return dict(loss=F.cross_entropy(self.net(inputs), torch.as_tensor(data_samples)))
+
+
 @pytest.mark.parametrize('kind', [list, torch.tensor])
 def test_the_probe_takes_plain_labels(kind):
     torch.manual_seed(0)
@@ -88,6 +99,22 @@ def test_the_probe_takes_plain_labels(kind):
     batch = dict(inputs=images[:1], data_samples=kind([3]))  # an image by itself
     net = Classifier()
     check_batch(net, wrapper_for(net), batch)
+
+
+def test_the_probe_lets_mish_through_where_images_are_black():
+    torch.manual_seed(0)
+    images = [torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8) for _ in range(2)]
+    for image in images:
+        image[:, :, 8:] = 0
+    batch = dict(inputs=images, data_samples=[4, 1])
+    model = Whole(KNResNetClassifier(18, 10, low_resolution=True, activation='mish'))
+    check_batch(model, wrapper_for(model), batch)
+
+    model = Whole(KNResNetClassifier(18, 10, low_resolution=True, activation='mish'))
+    for conv in (m for m in model.modules() if isinstance(m, KNConv2d)):
+        nn.init.zeros_(conv.bias)
+    with pytest.raises(ValueError, match='or gradients explode, as without ReLU'):
+        check_batch(model, wrapper_for(model), batch)
 
 
 def test_the_noise_of_the_papers_private_training():

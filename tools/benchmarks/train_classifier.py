@@ -1,25 +1,26 @@
 """Trains small image classifiers without mmpretrain: normalization against normalization.
 
 DATA is a folder, train/CLASS/*.png and val/CLASS/*.png, or the word `digits`: the handwritten
-digits that scikit-learn ships, enlarged from 8 x 8 to 32 x 32, the first half for training and the
-second, mostly by other writers, for validation. Each combination of --norms, --batch-sizes and
---seeds is a run of mmengine's Runner in a folder of its own, whose name ends in a hash of all its
-settings and of the data; finished runs are kept.
+digits that scikit-learn ships, enlarged from 8 x 8 to 32 x 32 or --digits-size, the first half for
+training and the second, mostly by other writers, for validation. Each combination of --norms,
+--batch-sizes and --seeds is a run of mmengine's Runner in a folder of its own, whose name ends in
+a hash of all its settings and of the data; finished runs are kept.
 
     python tools/benchmarks/train_classifier.py digits --low-resolution --crop-padding 4 \\
         --csv digits.csv
 
-KN is KNResNet in the authors' geometry for classification; BN, GN (32 groups) and LN (one group)
-are mmseg's ResNetV1c, for low resolution ResNet. The recipe is the authors' for CIFAR-100 at depth
-18, shortened: SGD with momentum 0.9 and weight decay 5e-4; the learning rate falls along a cosine
-to a hundredth and begins with KN 0.05, BN and GN 0.025, LN 0.0125 at batch 32, KN, GN and LN
-0.0015625, BN 0.00078125 at batch 2 (other batch sizes: in proportion to the nearest of the two;
-other depths: --lr). KN takes images in [0, 1], the others shifted and scaled by the training set's
-mean and standard deviation.
+KN is KNResNet in the authors' geometry for classification; BN, GN (32 groups), LN (one group) and
+none (scale and shift of each channel alone) are mmseg's ResNetV1c, for low resolution ResNet. The
+recipe is the authors' for CIFAR-100 at depth 18, shortened: SGD with momentum 0.9 and weight decay
+5e-4; the learning rate falls along a cosine to a hundredth and begins with KN 0.05, BN and GN
+0.025, LN 0.0125 at batch 32, KN, GN and LN 0.0015625, BN 0.00078125 at batch 2 (other batch sizes:
+in proportion to the nearest of the two; other depths, and none: --lr). KN takes images in [0, 1],
+the others shifted and scaled by the training set's mean and standard deviation.
 
 --private EPSILON trains differentially privately (docs/privacy.md): batches of Poisson draws,
-each image's gradient clipped, noise, and no weight decay or momentum. It needs --lr. mean and
-standard deviation of the training set, and all that is printed, are not private.
+each image's gradient clipped, noise, and no weight decay or momentum. It needs --lr. inf clips
+and adds no noise. mean and standard deviation of the training set, and all that is printed, are
+not private.
 
 The checkpoint's keys are mmpretrain's. But for --low-resolution, whose stem is another, it
 initialises a segmentor's backbone, in config or --cfg-options:
@@ -28,6 +29,7 @@ init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.').
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -53,7 +55,7 @@ from mmseg_kn.baselines import ResNetCls
 from mmseg_kn.checkpoints.files import write_atomically
 
 NORM_CFGS = dict(BN=dict(type='BN'), GN=dict(type='GN', num_groups=32),
-                 LN=dict(type='GN', num_groups=1))
+                 LN=dict(type='GN', num_groups=1), none=dict(type='NoNorm'))
 LEARNING_RATES = {('KN', 2): 0.0015625, ('BN', 2): 0.00078125, ('GN', 2): 0.0015625,
                   ('LN', 2): 0.0015625,
                   ('KN', 32): 0.05, ('BN', 32): 0.025, ('GN', 32): 0.025, ('LN', 32): 0.0125}
@@ -78,10 +80,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--depth', type=int, default=18, choices=(18, 34, 50))
     parser.add_argument('--low-resolution', action='store_true',
                         help='stem for small images: 3x3, stride 1, no pool')
+    parser.add_argument('--digits-size', type=int, default=32, metavar='PIXELS',
+                        help='to which digits are enlarged (%(default)s)')
     parser.add_argument('--activation', default='relu', help="of all networks, e.g. mish, the "
                         "authors' for private training (%(default)s)")
     parser.add_argument('--private', type=float, metavar='EPSILON',
-                        help='train differentially privately, to this epsilon')
+                        help='train differentially privately, to this epsilon, or inf')
     parser.add_argument('--delta', type=float, default=1e-5, help='of --private (%(default)s)')
     parser.add_argument('--max-grad-norm', type=float, default=1., metavar='NORM',
                         help='--private: clip the gradient of each image (%(default)s)')
@@ -93,8 +97,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.epochs, *args.batch_sizes) < 1 or args.crop_padding < 0:
         parser.error('epochs and batch sizes must be positive, crop padding not negative')
-    if args.depth != 18 and args.lr is None:
-        parser.error('depths 34 and 50 need --lr')
+    if (args.depth != 18 or 'none' in args.norms) and args.lr is None:
+        parser.error('depths 34 and 50 and the norm none need --lr')
     if args.private is not None and (args.lr is None or 'BN' in args.norms or args.clip_grad):
         parser.error("--private needs --lr and --norms without BN, which mixes a batch's images; "
                      '--max-grad-norm takes the place of --clip-grad')
@@ -153,7 +157,8 @@ def load(args: argparse.Namespace) -> tuple[Images, Images, list[str]]:
             raise SystemExit('the digits come with scikit-learn: pip install scikit-learn'
                              ) from None
         digits = load_digits()
-        images = [cv2.resize((i * (255 / 16)).astype(np.uint8), (32, 32)) for i in digits.images]
+        images = [cv2.resize((i * (255 / 16)).astype(np.uint8), (args.digits_size, ) * 2)
+                  for i in digits.images]
         images = [np.repeat(i[..., None], 3, axis=2) for i in images]
         labels, half = digits.target.tolist(), len(images) // 2
         train, val = (images[:half], labels[:half]), (images[half:], labels[half:])
@@ -246,11 +251,13 @@ def build_backbone(norm: str, args: argparse.Namespace) -> nn.Module:
 def private_settings(args: argparse.Namespace, iterations: int, lr: float) -> dict:
     """Of the Runner, in place of those of ordinary training."""
     import mmseg_kn.privacy  # noqa: F401 (registers what is named below)
+    noise = (dict(noise_multiplier=0.) if math.isinf(args.private) else
+             dict(target_epsilon=args.private))
     return dict(
         train_cfg=dict(type='DPIterBasedTrainLoop', max_iters=iterations, val_interval=iterations,
                        max_physical_batch_size=args.max_physical_batch_size),
         optim_wrapper=dict(
-            type='DPOptimWrapper', target_epsilon=args.private, target_delta=args.delta,
+            type='DPOptimWrapper', **noise, target_delta=args.delta,
             max_grad_norm=args.max_grad_norm, accountant='rdp',
             optimizer=dict(type='SGD', lr=lr)),
         custom_hooks=[dict(type='DPHook')],

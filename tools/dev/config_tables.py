@@ -22,8 +22,8 @@ NAME = re.compile(
     r'\w+_(?P<kn>kn)?r(?P<depth>\d+)(-(?P<norm>[a-z-]+))?-d(?P<stride>8|32)_(?P<batch>\d+xb\d+)'
     r'(?P<private>-dp-eps\d+)?-(?P<length>\d+[ke]?)_(?P<data>[a-z-]+)-(?P<crop>\d+x\d+)')
 CONVNEXT = re.compile(
-    r'knconvnext-(?P<arch>[a-z]+)_upernet_(?P<batch>\d+xb\d+)-(?P<length>\d+k?)_(?P<data>[a-z0-9]+)-'
-    r'(?P<crop>\d+x\d+)')
+    r'(?P<kn>kn)?convnext-(?P<arch>[a-z]+)(-(?P<norm>[a-z]+))?_upernet_(?P<batch>\d+xb\d+)-'
+    r'(?P<length>\d+k?)_(?P<data>[a-z0-9]+)-(?P<crop>\d+x\d+)')
 KERNELIZED = re.compile(
     r'(?P<network>\w[\w-]*)-kn_(?P<batch>\d+xb\d+)-(?P<length>\d+k?)_(?P<data>[a-z-]+)-'
     r'(?P<crop>\d+x\d+)')
@@ -48,7 +48,7 @@ def parts_of(name: str) -> dict[str, str | None]:
         raise ValueError(
             'a config must be named METHOD_[kn]rDEPTH[-NORM]-d8_SCHEDULE_DATA-CROP, or d32, or '
             'METHOD_BACKBONE-kn_SCHEDULE_DATA-CROP over one of mmseg, or '
-            'knconvnext-ARCH_upernet_SCHEDULE_DATA-CROP, with NORM of '
+            '[kn]convnext-ARCH[-NORM]_upernet_SCHEDULE_DATA-CROP, with NORM of '
             f'{", ".join(NORMS)} and DATA of {", ".join(DATA)}, got {name!r}; rename it, or add '
             f'its normalization or data set to {Path(__file__).name}')
     return found.groupdict()
@@ -71,7 +71,11 @@ def row(model: dict) -> dict[str, str]:
     if 'network' in parts:
         network = {'Network of mmseg': parts['network']}
     elif 'arch' in parts:
-        network = {'Backbone': f'KNConvNeXt, {parts["arch"]}'}
+        network = {'Backbone': f'{"KN" if parts["kn"] else ""}ConvNeXt, {parts["arch"]}'}
+        if parts['data'] == 'camvid':  # where there are twins
+            network['Normalization'] = (
+                'KernelNorm in downsamplings and heads' if parts['kn'] else
+                f'LayerNorm, heads: {NORMS[parts["norm"] or "bn"]}')
     else:
         network = {
             'Backbone': f'{"KN" if parts["kn"] else ""}ResNet-{parts["depth"]}',
