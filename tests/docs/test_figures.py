@@ -28,8 +28,8 @@ def measured():
                 if result and 'seed' in row:
                     settings = {key: value for key, value in row.items() if key in (
                         'config', 'options', 'batch_size', 'lr', 'iterations', 'data', 'norm',
-                        'clip_grad', 'net', 'target_epsilon', 'noise_multiplier', 'part', 'epsilon',
-                        'zero_init_residual')}
+                        'clip_grad', 'net', 'target_epsilon', 'noise_multiplier', 'part',
+                        'epsilon', 'zero_init_residual')}
                     groups.setdefault((path, *settings.values()), []).append(float(result))
     return {f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}, '
             + ', '.join(f'{value:.1f}' for value in values)
