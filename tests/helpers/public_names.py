@@ -11,7 +11,9 @@ REGISTERED = {
     'mmengine.registry.MODELS': {
         'KN': 'KernelNorm2d', 'KernelNorm2d': 'KernelNorm2d', 'KNConv': 'KNConv2d',
         'KNConv2d': 'KNConv2d', 'KNConvNeXt': 'KNConvNeXt', 'KNResNetCls': 'KNResNetCls',
-        'NoNorm': 'NoNorm', 'PreActResNetCls': 'PreActResNetCls', 'ResNetCls': 'ResNetCls'},
+        'LNConvNeXt': 'LNConvNeXt', 'NoNorm': 'NoNorm', 'PreActResNetCls': 'PreActResNetCls',
+        'ResNetCls': 'ResNetCls'},
+    'mmengine.registry.WEIGHT_INITIALIZERS': {'TorchConv': 'TorchConvInit'},
     'mmseg.registry.MODELS': {
         name: name for name in ('KNResNet', 'KernelNormalized', 'NormKNResNet', 'PaperFCNHead',
                                 'PlainPoolASPPHead')},
@@ -43,8 +45,8 @@ EXPORTED = {
 # Modules without __all__, and what configs and scripts take from them.
 IMPORTED = {
     'mmseg_kn': ['__version__'],
-    'mmseg_kn.baselines': ['NoNorm', 'NormConv2d', 'NormKNResNet', 'PaperFCNHead',
-                           'PlainPoolASPPHead', 'PreActResNetCls', 'ResNetCls'],
+    'mmseg_kn.baselines': ['LNConvNeXt', 'NoNorm', 'NormConv2d', 'NormKNResNet',
+                           'PaperFCNHead', 'PlainPoolASPPHead', 'PreActResNetCls', 'ResNetCls'],
     'mmseg_kn.fsdp': ['FSDPOptimWrapper', 'ResumableFSDPStrategy', 'wrap_blocks'],
 }
 # What exported and compiled programs call.
