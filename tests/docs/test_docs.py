@@ -703,8 +703,9 @@ def test_a_test_set_without_labels(started, tmp_path, monkeypatch):
     cfg = load_config(block("`KeyError: 'gt_sem_seg'`"), tmp_path / 'config.py')
     data = dict(cfg.test_dataloader.dataset, data_root='data/toy_cityscapes',
                 data_prefix=dict(img_path='leftImg8bit/val', seg_map_path='gtFine/test'))
-    sample = DATASETS.build(data)[0]['data_samples']
-    metric = METRICS.build(cfg.test_evaluator)
+    with DefaultScope.overwrite_default_scope('mmseg'):  # else that of whichever test was before
+        sample = DATASETS.build(data)[0]['data_samples']
+        metric = METRICS.build(cfg.test_evaluator)
     metric.dataset_meta = dict(classes=('ground', 'object'))
     prediction = torch.tensor([[[0., 1.], [18., 3.]]])
     metric.process({}, [dict(img_path=sample.img_path, pred_sem_seg=dict(data=prediction))])
