@@ -11,8 +11,11 @@ class TorchConvInit(BaseInit):
     Uniform within 1 / sqrt(fan in), both.
 
     Args:
-        kwargs: ``layer``: types of the layers by name, e.g. ``'KNConv2d'``.
+        layer: Type of the layers by name, or a list of them, e.g. ``'KNConv2d'``.
     """
+
+    def __init__(self, layer: str | list[str]) -> None:
+        super().__init__(layer=layer)
 
     def __call__(self, module: nn.Module) -> None:
         def init(m: nn.Module) -> None:
@@ -23,9 +26,14 @@ class TorchConvInit(BaseInit):
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=self._get_init_info())
 
+    def _get_init_info(self) -> str:
+        return f'{type(self).__name__}: weights and biases as torch draws them'
+
 
 def spread_biases(module: nn.Module) -> None:
-    """Draws the biases of all convolutions as torch does, uniform within 1 / sqrt(fan in).
+    """Draws the biases of convolutions as torch does, uniform within 1 / sqrt(fan in).
+
+    Those whose weights are zero keep a bias of zero: their residual blocks start as identity.
 
     Where an image is black, biases of zero keep every layer at exactly zero. Such windows have no
     variance, so that the gradient grows by 1 / sqrt(eps), about 300, in each layer. ReLU stops it
@@ -33,6 +41,6 @@ def spread_biases(module: nn.Module) -> None:
     biases too.
     """
     for m in module.modules():
-        if isinstance(m, nn.Conv2d) and m.bias is not None:
+        if isinstance(m, nn.Conv2d) and m.bias is not None and m.weight.any():
             bound = m.weight[0].numel() ** -0.5
             nn.init.uniform_(m.bias, -bound, bound)

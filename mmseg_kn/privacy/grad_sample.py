@@ -28,8 +28,8 @@ GRAD_SAMPLERS = GradSampleModule.GRAD_SAMPLERS  # by exact type of layer
 def conv_grad_samples(x: Tensor, grad: Tensor, layer: nn.Conv2d, geometry: Geometry) -> Tensor:
     """Gradients of a convolution's weight for each sample, (N, *weight.shape).
 
-    One convolution with the samples as groups would give them too, but takes thirty times as long
-    on the CPU where channels are many and maps small.
+    One convolution with the samples as groups would give them too, but on the CPU takes seconds
+    for a layer where channels are many and maps small.
 
     Args:
         x: Padded input, (N, C, H, W).

@@ -134,6 +134,8 @@ def test_biases_start_as_torchs_but_for_relu():
     convs = [m for m in build('mish').modules() if isinstance(m, KNConv2d)]
     for bias, bound in ((m.bias, m.weight[0].numel() ** -0.5) for m in convs):
         assert 0.8 * bound < bias.abs().max() <= bound
+    block, x = KNResNet(**OUT, activation='mish').layer1[0], torch.rand(1, 64, 8, 8)
+    assert torch.equal(block(x), x)  # starts as identity
 
 
 def test_first_weights_as_torchs():

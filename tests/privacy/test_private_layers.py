@@ -12,7 +12,7 @@ from private import wrapper_for  # noqa: E402
 
 from mmseg_kn import KNConv2d, KNConvNeXt, KNResNetClassifier  # noqa: E402
 from mmseg_kn.models.knresnet import Block  # noqa: E402
-from mmseg_kn.privacy import GradSampler  # noqa: E402
+from mmseg_kn.privacy import GradSampler, grad_sample  # noqa: E402
 from mmseg_kn.privacy.probe import check_batch  # noqa: E402
 
 NETS = {
@@ -27,8 +27,10 @@ NETS = {
 }
 
 
+@pytest.mark.parametrize('small_map', [0, 10 ** 9])  # by sample, and all windows at once
 @pytest.mark.parametrize('name', NETS)
-def test_grad_samples_equal_a_loop_over_samples(name):
+def test_grad_samples_equal_a_loop_over_samples(name, small_map, monkeypatch):
+    monkeypatch.setattr(grad_sample, 'SMALL_MAP', small_map)
     torch.manual_seed(0)
     net = NETS[name]().double()
     x = torch.randn(3, 6, 33, 35, dtype=torch.float64)

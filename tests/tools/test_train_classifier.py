@@ -136,6 +136,15 @@ def test_private_training(stripes, tmp_path):
     net.load_state_dict(checkpoint['state_dict'])
 
 
+def test_clipped_without_noise_and_without_normalization(stripes, tmp_path):
+    pytest.importorskip('opacus')
+    log = train(stripes, tmp_path, '--norms', 'none', '--batch-sizes', 8, '--lr', 0.5, '--epochs',
+                1, '--private', 'inf')
+    assert 'noise multiplier 0' in log
+    row, = read(tmp_path)
+    assert (row['epsilon'], row['norm']) == ('inf', 'none')
+
+
 @pytest.fixture(scope='module')
 def tool():
     return load_tool(TOOLS / 'train_classifier.py')
@@ -172,6 +181,8 @@ def test_digest_tells_data_apart(tool, stripes, tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (('--private', '8', '--norms', 'KN'), '--private needs --lr and'),
+    (('--norms', 'none', '--low-resolution'), 'the norm none need --lr'),
+    (('--digits-size', '0'), 'digits size must be positive'),
     (('--private', '8', '--lr', '1'), '--private needs --lr and --norms without BN'),
     (('--private', '8', '--lr', '1', '--norms', 'KN', '--clip-grad', '1'), 'the place of'),
     (('--activation', 'mish'), '--activation needs --low-resolution'),

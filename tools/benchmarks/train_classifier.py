@@ -95,8 +95,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', default='work_dirs/classifier', help='(%(default)s)')
     parser.add_argument('--csv', help='file to write results to, one line a run')
     args = parser.parse_args()
-    if min(args.epochs, *args.batch_sizes) < 1 or args.crop_padding < 0:
-        parser.error('epochs and batch sizes must be positive, crop padding not negative')
+    if min(args.epochs, args.digits_size, *args.batch_sizes) < 1 or args.crop_padding < 0:
+        parser.error('epochs, batch sizes and digits size must be positive, crop padding not '
+                     'negative')
     if (args.depth != 18 or 'none' in args.norms) and args.lr is None:
         parser.error('depths 34 and 50 and the norm none need --lr')
     if args.private is not None and (args.lr is None or 'BN' in args.norms or args.clip_grad):
@@ -174,8 +175,10 @@ def load(args: argparse.Namespace) -> tuple[Images, Images, list[str]]:
     size = train[0]['inputs'].shape[1:]
     needed = build_backbone('KN', args).min_size
     if min(size) < needed:
+        stem = 'small images' if args.low_resolution else 'ImageNet'
+        remedy = 'take larger ones' if args.low_resolution else '--low-resolution'
         raise SystemExit(f'images of {size[0]} x {size[1]} pixels are too small for the stem of '
-                         f'ImageNet, which needs {needed}: --low-resolution')
+                         f'{stem}, which needs {needed}: {remedy}')
     return train, val, classes
 
 
