@@ -38,9 +38,11 @@ test-onedl: $(VENV)-onedl/.installed
 
 # Classifiers in mmpretrain's hands. In an environment of its own: a torchvision that does not fit
 # stops every training of mmengine, unless tests have declared its operators.
+test-pretrain: export MMPRETRAIN_REQUIRED := 1
 test-pretrain: $(VENV)-pretrain/.installed
 	$(VENV)-pretrain/bin/python -m pip install --no-deps '$(TORCHVISION)'
-	$(VENV)-pretrain/bin/$(PYTEST) tests/configs/test_classification_configs.py
+	$(VENV)-pretrain/bin/$(PYTEST) tests/configs/test_classification_configs.py \
+	    tests/configs/test_classification_training.py tests/checkpoints/test_convnext.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
-# Beside Table 4: private training on CIFAR-10 with the defaults of the authors'
-# script, 50 epochs of 97 Poisson batches.
+# Beside Table 4: its network on CIFAR-10 with the default numbers of the
+# authors' script, 50 epochs of 97 Poisson batches.
 _base_ = './knresnet18_1xb8192-dp-eps8_imagenet32x32.py'
 data_root = 'data/cifar10/'
 train_dataloader = dict(

@@ -4,6 +4,7 @@ import re
 import golden
 import pytest
 import torch
+from pretrain import import_mmpretrain
 from program import ROOT, execute
 
 from mmseg_kn import KNConvNeXt, KNConvNeXtClassifier
@@ -127,3 +128,35 @@ def test_tool(tmp_path):
     for key in ('stages.3.2.gamma.weight', 'downsample_layers.0.1.bias', 'norm3.weight'):
         assert torch.equal(net.state_dict()[key], checkpoint['state_dict'][key])
     assert net.downsample_layers[2].weight.std() > 0  # not one of the constants
+
+
+@pytest.mark.parametrize('source', ['torchvision', 'mmpretrain'])
+def test_their_own_network_computes_the_same_but_for_its_downsamplings(source):
+    mmpretrain = import_mmpretrain()
+    torch.manual_seed(0)
+    if source == 'torchvision':
+        from torchvision.models import convnext_tiny
+        theirs = convnext_tiny(num_classes=10)
+        openings = [theirs.features[i] for i in (2, 4, 6)]
+    else:
+        theirs = mmpretrain.registry.MODELS.build(dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=dict(type='mmpretrain.ConvNeXt', arch='tiny'),
+            head=dict(type='mmpretrain.LinearClsHead', num_classes=10, in_channels=768)))
+        openings = theirs.backbone.downsample_layers[1:]
+    theirs.double().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # scales start so small that blocks add nothing
+            parameter.uniform_(-0.1, 0.1)
+    weights = theirs.state_dict()
+    assert convnext_source(weights) == source and convnext_arch(weights) == 'tiny'
+    ours = KNConvNeXtClassifier('tiny', num_classes=10).double().eval()
+    absent = ours.load_state_dict(convert_norm_torch(weights, classifier=True), strict=False)
+    assert len(absent.missing_keys) == 6 and not absent.unexpected_keys
+    for i, opening in enumerate(openings, start=1):
+        ours.backbone.downsample_layers[i] = opening
+    x = torch.rand(2, 3, 64, 96, dtype=torch.double)
+    with torch.no_grad():
+        logits = theirs(x) if source == 'torchvision' else theirs(x, mode='tensor')
+        assert logits.std() > 1e-3
+        torch.testing.assert_close(ours(x), logits, rtol=1e-9, atol=1e-12)

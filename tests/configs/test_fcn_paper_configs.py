@@ -89,7 +89,7 @@ def test_schedule_and_data(name):
     assert (cfg.data_preprocessor.std == [255] * 3) == ('knr' in name)
 
 
-@pytest.mark.parametrize('name', [n for n in CONFIGS if 'r18-' in n and '-ln-' not in n])
+@pytest.mark.parametrize('name', CONFIGS)
 def test_steps(name):
     cfg = load(name)
     cfg.model.data_preprocessor.size = SIZE

@@ -3,11 +3,13 @@ from pathlib import Path
 
 import mmseg
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 from program import ROOT
 from settings import flat
+from steps import check_steps
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_kn import KNConv2d
@@ -34,8 +36,14 @@ def test_is_mmsegs_config_with_another_normalization(path):
     for key in ('train_dataloader', 'val_dataloader', 'param_scheduler', 'train_cfg'):
         assert cfg[key] == theirs[key]
 
+    size = (64, 128)
+    cfg.model.model.data_preprocessor.size = size
+    cfg.model.model.pretrained = cfg.model.model.backbone.init_cfg = None
+    torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmseg'):
         model = MODELS.build(cfg.model)
+        model.init_weights()
     layers = list(model.modules())
     assert any(isinstance(layer, KNConv2d) for layer in layers)
     assert not any(isinstance(layer, _BatchNorm) for layer in layers) and not norm_faults(model)
+    check_steps(model, 1, size, 'backbone', stride=None)

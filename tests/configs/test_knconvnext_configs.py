@@ -48,23 +48,27 @@ def test_is_kernel_normalized_throughout(name):
         model.auxiliary_head(features)
 
 
-def test_steps():
-    cfg = load('knconvnext-tiny_upernet_8xb2-160k_ade20k-512x512')
+@pytest.mark.parametrize('name', CONFIGS)
+def test_steps(name):
+    cfg = load(name)
     size = (64, 96)
     cfg.model.data_preprocessor.size = size
     cfg.model.test_cfg.update(crop_size=size, stride=size)
-    cfg.model.backbone.update(arch=dict(depths=(1, 1, 2, 1), channels=(96, 192, 384, 768)))
     cfg.model.decode_head.channels = 64
+    channels = as_arch(cfg.model.backbone.arch).channels
+    cfg.model.backbone.arch = dict(depths=(1, 1, 2, 1), channels=channels)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    # By the stage, as mmseg has it for ConvNeXt, whose names of layers it knows.
     rates = {id(p): group['lr'] for group in wrapper.param_groups for p in group['params']}
-    assert rates[id(model.backbone.downsample_layers[2].weight)] < rates[
-        id(model.backbone.stages[0][0].norm.weight)] < rates[
-            id(model.backbone.stages[3][0].norm.weight)] < rates[
-                id(model.decode_head.conv_seg.weight)] == 1e-4
+    if cfg.optim_wrapper.paramwise_cfg.decay_rate == 1:
+        assert {rates[id(p)] for p in model.parameters()} == {cfg.optim_wrapper.optimizer.lr}
+    else:  # by the stage, as mmseg has it for ConvNeXt, whose names of layers it knows
+        assert rates[id(model.backbone.downsample_layers[2].weight)] < rates[
+            id(model.backbone.stages[0][0].norm.weight)] < rates[
+                id(model.backbone.stages[3][0].norm.weight)] < rates[
+                    id(model.decode_head.conv_seg.weight)] == 1e-4
     check_steps(model, 2, size, 'backbone.downsample_layers.0.0', stride=32)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import mmengine
 import pytest
 from dev import config_tables
+from misc import paper_configs
 from mmengine.config.utils import _get_cfg_metainfo
 from mmengine.hub import get_config
 from mmengine.infer import BaseInferencer
@@ -138,3 +139,26 @@ def test_what_no_table_can_show_is_refused(change, message):
     text = (ROOT / 'configs/fcn/README.md').read_text()
     with pytest.raises(ValueError, match=message):
         config_tables.with_tables(*change(text, meta['Models']))
+
+
+def test_every_cell_of_the_papers_tables_says_whether_it_was_run(tmp_path):
+    text = (ROOT / 'docs/paper.md').read_text()
+    tables = [[re.split(r' *\| *', line.strip('| ')) for line in block.splitlines()]
+              for block in re.findall(r'(?:^\|.*\n)+', text, re.MULTILINE)]
+    tables = [table for table in tables if table[0][0].startswith('network')]
+    assert len(tables) == 5
+    cells = [(head, cell) for heads, _, *rows in tables for row in rows
+             for head, cell in zip(heads[1:], row[1:], strict=True)
+             if head not in ('config', 'trained on')]
+    assert len(cells) > 80
+    assert not [cell for cell in cells if not re.fullmatch(
+        r'theirs: [\d.]+|ours, below|([\d.]+, )?not run', cell[1])]
+    # and no config is left out
+    written = [path.stem for path in paper_configs.write(tmp_path, [1, 2])]
+    networks = {name.split('_')[0] for name in written if name.endswith('_cifar100')}
+    assert networks == {name for name in re.findall(r'`([\w-]+)` \|', text) if 'resnet' in name}
+    configs = {path.relative_to(ROOT).as_posix() for pattern in (
+        'fcn/*-d32_*', 'classification/*-dp-*', 'classification/*convnext*',
+        'knconvnext/kn*') for path in ROOT.glob(f'configs/{pattern}.py')}
+    assert configs == {cell for heads, _, *rows in tables if 'config' in heads
+                       for row in rows for cell in re.findall(r'`(configs/.*)`', ' '.join(row))}

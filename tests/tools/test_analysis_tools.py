@@ -329,6 +329,24 @@ def test_benchmark_of_the_layer(tmp_path):
     assert saved['knconv+relu'] <= 0.7 * saved['conv+bn+relu']
 
 
+def test_benchmark_of_the_authors_code(tmp_path):
+    """Of a stand-in that has their names, and computes less."""
+    layers = tmp_path / 'norm-torch/layers'
+    layers.mkdir(parents=True)
+    (layers / 'knconv.py').write_text(
+        'from torch.nn import Conv2d as KNConv2d\n'
+        'def KNConv2d1x1(a, b):\n    return KNConv2d(a, b, 1)\n')
+    tool = ROOT / 'tools/benchmarks/benchmark_norm_torch.py'
+    log = execute(tool, 'norm-torch', '--cases', 'r50 stage1 conv2', 'aspp 1x1',
+                  '--rounds', 3, '--device', 'cpu', '--out', 'out.csv', cwd=tmp_path)
+    assert log.count('geometric mean of 2 layers') == 2
+    with open(tmp_path / 'out.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 and {row['row'] for row in rows} == {'norm-torch', 'mmseg_kn'}
+    assert 'must hold layers/knconv.py; . does not' in execute(
+        tool, '.', cwd=tmp_path, check=False)
+
+
 def test_browse_dataset(scenes, options, tmp_path):
     log = execute(BROWSE, CONFIG, '--output-dir', 'out', '--num', 2, *options,
                   'train_dataloader.dataset.pipeline.2.prob=0.', cwd=tmp_path)
