@@ -24,3 +24,8 @@ model = dict(
         dict(type='Mixup', alpha=0.2),
         dict(type='CutMix', alpha=1.0)
     ]))
+# Every 32 iterations the average moves by 2e-5 * (1024 * 32 / 600).
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(type='EMAHook', momentum=0.00109, interval=32)
+]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -75,7 +76,8 @@ class CudaGraphHook(Hook):
         options: Of ``torch.compile``.
 
     Raises:
-        ValueError: The model is sharded by FSDP.
+        ValueError: The model is sharded by FSDP, or the gradients of several iterations are added
+            up.
     """
 
     SHARDED = FullyShardedDataParallel
@@ -91,6 +93,14 @@ class CudaGraphHook(Hook):
         self.handles = use_cuda_graphs(unwrap(runner.model), training, **self.options)
 
     def before_train(self, runner) -> None:
+        # A gradient may lie in the memory of a graph, which the next iteration overwrites.
+        wrapper = runner.optim_wrapper
+        wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        counts = max(getattr(part, '_accumulative_counts', 1) for part in wrappers)
+        if counts > 1:
+            raise ValueError('graphs need a step of the optimizer in each iteration, got '
+                             f'accumulative_counts={counts} in optim_wrapper: leave that or '
+                             'CudaGraphHook out')
         self._begin(runner, True)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:

@@ -178,7 +178,7 @@ def backward(passes: Passes, grad: Tensor, x: Tensor, weight: Tensor, bias: Tens
 
     if has_dead and need_weight:
         dx = conv_backward(True, False)[0] if need_x else None
-        h.mul_(live.unsqueeze(1))
+        passes.clear_dead(h, live)
         dweight = conv_backward(False, True)[1]
     else:
         dx, dweight = conv_backward(need_x, need_weight)

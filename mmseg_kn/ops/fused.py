@@ -209,6 +209,11 @@ def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum:
     return ScaledGrad(h, terms.grads(to_mean, to_var, mean, rstd), of_mean, dbias)
 
 
+def clear_dead(h: Tensor, live: Tensor) -> None:
+    """See :meth:`.Passes.clear_dead`."""
+    h.mul_(live.unsqueeze(1))
+
+
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
                      dropout_p: float, grads: MomentGrads, rectified: bool) -> Tensor:
     """See :meth:`.Passes.add_moment_grads`."""

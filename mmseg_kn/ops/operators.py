@@ -63,9 +63,12 @@ def _kn_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 def _(x, weight, bias, residual, mask, stride, padding, dilation, groups, dropout_p, training,
       rectify, eps, relu, keep_output, impl):
     options = _options(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training)
-    z = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
+    setting, weight = options.setting(x), weight.to(x.dtype)
+    if impl == 'triton' and (setting.is_centred or setting.is_half):
+        weight = dense_like(weight, x)  # as its prepare_weight lays a copy out
+    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     acc, units = accumulate_dtype(x.dtype), (z.size(0), *z.shape[2:])
-    has_undropped_mean = options.setting(x).needs_undropped_mean and not keep_output
+    has_undropped_mean = setting.needs_undropped_mean and not keep_output
     return (torch.empty_like(z), x.new_empty(units, dtype=acc), x.new_empty(units, dtype=acc),
             x.new_empty(units, dtype=torch.bool), x.new_empty(0) if keep_output else z,
             x.new_empty(units, dtype=acc) if has_undropped_mean else x.new_empty(0))

@@ -129,6 +129,9 @@ class Passes(Protocol):
         is not wanted.
         """
 
+    def clear_dead(self, h: Tensor, live: Tensor) -> None:
+        """Makes h (N, O, Ho, Wo) 0 in place where ``live`` (N, Ho, Wo) is False."""
+
     def add_moment_grads(self, dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,
                          dropout_p: float, grads: MomentGrads, rectified: bool) -> Tensor:
         """Adds to dx (N, C, H, W), in place, what reaches x through the moments of its units.

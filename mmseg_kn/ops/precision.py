@@ -1,6 +1,6 @@
 """The dtype that sums are taken in, and every threshold below which rounding would show."""
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -63,18 +63,40 @@ def _may_use_tf32(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    # torch 2.9 has a flag for convolutions alone; to read the older one as well is an error there.
-    flags, name, full = ((torch.backends.cudnn.conv, 'fp32_precision', 'ieee')
-                         if hasattr(torch.backends.cudnn, 'conv')
-                         else (torch.backends.cudnn, 'allow_tf32', False))
-    before = getattr(flags, name)
-    setattr(flags, name, full)
-    try:
-        yield
-    finally:
-        setattr(flags, name, before)
+class _WithoutTF32:
+    """A context in which no convolution of the process takes TF32; threads may be in it at once.
+
+    The flag is the whole process's, so the first to enter changes it and the last to leave puts
+    it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = Lock(), 0, None
+
+    @staticmethod
+    def _flag() -> tuple[object, str, str | bool]:
+        # torch 2.9 has a flag for convolutions alone; to read the older one as well is an error.
+        return ((torch.backends.cudnn.conv, 'fp32_precision', 'ieee')
+                if hasattr(torch.backends.cudnn, 'conv')
+                else (torch.backends.cudnn, 'allow_tf32', False))
+
+    def __enter__(self) -> None:
+        flags, name, full = self._flag()
+        with self.lock:
+            if not self.inside:
+                self.before = getattr(flags, name)
+                setattr(flags, name, full)
+            self.inside += 1
+
+    def __exit__(self, *_) -> None:
+        flags, name, _ = self._flag()
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                setattr(flags, name, self.before)
+
+
+_WITHOUT_TF32 = _WithoutTF32()
 
 
 def unrounded_convolution(x: Tensor, setting: Setting) -> AbstractContextManager[None]:
@@ -84,4 +106,4 @@ def unrounded_convolution(x: Tensor, setting: Setting) -> AbstractContextManager
     loses 3e-4 by that. One whose mean is then subtracted loses as much of the mean, and on a
     bright, flat image (1 +- 0.01) 3e-2 of what remains.
     """
-    return _without_tf32() if setting.cancels and _may_use_tf32(x) else _NOTHING
+    return _WITHOUT_TF32 if setting.cancels and _may_use_tf32(x) else _NOTHING

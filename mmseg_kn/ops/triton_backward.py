@@ -81,6 +81,19 @@ def scale_grad(grad_ptr, kept_ptr, residual_ptr, h_ptr, mean_ptr, rstd_ptr, live
         tl.store(slope_ptr + unit, dvar * of_dvar, inside)
 
 
+@triton.jit(do_not_specialize=['units', 'c', 'area'])
+def clear_dead(h_ptr, live_ptr, units, c, area, LAST: tl.constexpr, V: tl.constexpr,
+               WIDE: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
+    """h = 0 where a unit is not live. Nothing else is touched, so nothing of h is read."""
+    C, area = full_sizes(c, area, LAST, V)
+    unit = own_block(P, WIDE)
+    dead = tl.load(live_ptr + unit, unit < units, other=1) == 0
+    channel = tl.program_id(1) * B + tl.arange(0, B)
+    where = element(pixel_start(unit, C, area, LAST), channel, area, LAST)
+    tl.store(h_ptr + where, tl.zeros([P, B], h_ptr.dtype.element_ty),
+             dead[:, None] & (channel < C)[None, :])
+
+
 @triton.jit(do_not_specialize=['programs', 'C'])
 def add_partials(partial_ptr, of_mean_ptr, bias_ptr, programs, C, P: tl.constexpr,
                  B: tl.constexpr):

@@ -19,7 +19,7 @@ GRAD_BLOCK = (2048, 64)
 WEIGHTS = (4, 512)  # filters of a program, and their elements at once
 VECTOR = 8  # elements that a thread loads at once at most: 128 bits of half precision
 KERNELS = (triton_forward.channel_sums, triton_forward.moments, triton_forward.normalize,
-           triton_backward.scale_grad, triton_backward.add_partials,
+           triton_backward.scale_grad, triton_backward.add_partials, triton_backward.clear_dead,
            triton_backward.add_moment_grads, triton_pixels.pixel_grad,
            triton_weights.prepare_weight, triton_weights.finish_weight_grad)
 TOO_OLD = tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3)  # knows no tuples
@@ -159,6 +159,18 @@ def scale_grad(grad: Tensor, kept: Kept, mean: Tensor, rstd: Tensor, weight_sum:
             o, 256, 8)
     return ScaledGrad(out, MomentGrads(constant, slope, unmasked) if need_x else None, of_mean,
                       dbias)
+
+
+def clear_dead(h: Tensor, live: Tensor) -> None:
+    """See :meth:`.Passes.clear_dead`."""
+    n, o, height, width = h.shape
+    size, most = BLOCK
+    block = min(most, _power_of_2(o))
+    units, many = n * height * width, size // block
+    channels, area, last, vector = _layout(h)
+    _launch(triton_backward.clear_dead, h, (-(-units // many), -(-o // block)), h,
+            live.view(torch.int8), units, channels, area, last, vector, _is_wide(units), many,
+            block)
 
 
 def add_moment_grads(dx: Tensor, x: Tensor, geometry: Geometry, mask: Tensor | None,

@@ -43,6 +43,7 @@ def test_runs_under_mmpretrain_with_ours_imported(name):
     cfg = load(name)
     assert cfg.custom_imports == dict(imports=['mmseg_kn'], allow_failed_imports=False)
     assert cfg.default_scope == 'mmpretrain'
+    assert cfg.custom_hooks == [dict(type='ChannelsLastHook', device='cuda')]
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -177,7 +178,7 @@ def test_the_recipe_of_convnext_is_the_authors():
         for part in (mine, theirs, *schedulers, reference):
             part.step()
     # The weight of the average after an epoch is torchvision's.
-    hook, = cfg.custom_hooks
+    _, hook = cfg.custom_hooks
     assert hook.momentum == pytest.approx((1 - 0.99998) * 4 * 256 * 32 / 600, rel=3e-3)
     assert hook.interval == 32
 
@@ -196,6 +197,7 @@ def test_private_settings_are_the_authors(name):
     cfg = load(name)
     assert cfg.custom_imports.imports == ['mmseg_kn', 'mmseg_kn.privacy', 'mmseg_kn.baselines']
     assert cfg.default_scope == 'mmpretrain' and dict(type='DPHook') in cfg.custom_hooks
+    assert dict(type='ChannelsLastHook', device='cuda') in cfg.custom_hooks
     table4 = 'imagenet32' in name
     items, batch = (1_281_167, 8192) if table4 else (50_000, 512)
     epochs, iterations = (100, items // batch) if table4 else (50, items // batch)

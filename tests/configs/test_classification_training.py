@@ -92,6 +92,7 @@ def small_run(mmpretrain, tmp_path, monkeypatch):
 
 def train(cfg):
     torch.manual_seed(0)
+    cfg.custom_hooks[0].device = None  # feature maps in channels_last, as on a GPU
     runner = Runner.from_cfg(cfg)
     runner.train()
     losses = runner.message_hub.get_scalar('train/loss').data[0]
@@ -143,7 +144,7 @@ def test_training_runs(name, written, small_run, tmp_path):
 def test_the_recipe_of_convnext_trains(small_run):
     cfg = small_run(load(CONVNEXT))
     cfg.model.backbone.arch = dict(depths=[1] * 4, channels=(8, 16, 24, 768))
-    cfg.custom_hooks[0].interval = 1
+    cfg.custom_hooks[1].interval = 1
     runner = train(cfg)
     # The plain module takes its checkpoints.
     net = KNConvNeXtClassifier(cfg.model.backbone.arch)

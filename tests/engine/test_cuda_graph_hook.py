@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from tiny_training import SIZE, build, samples, train
 
 from mmseg_kn.engine.cuda_graph_hook import CudaGraphHook, use_cuda_graphs
@@ -89,7 +90,18 @@ def test_sharded_models_are_refused(tmp_path):
     hook = CudaGraphHook()
     hook.SHARDED = Sharded
     with pytest.raises(ValueError, match='FSDP exchanges .* leave CudaGraphHook out'):
-        hook.before_train(SimpleNamespace(model=net))
+        hook.before_train(SimpleNamespace(model=net, optim_wrapper=SimpleNamespace()))
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_gradients_of_several_iterations_are_refused(several):
+    net = build()
+    wrapper = OptimWrapper(torch.optim.SGD(net.parameters(), 0.1), accumulative_counts=4)
+    if several:
+        wrapper = OptimWrapperDict(whole=wrapper)
+    with pytest.raises(ValueError, match='got accumulative_counts=4 .* CudaGraphHook out'):
+        CudaGraphHook().before_train(SimpleNamespace(model=net, optim_wrapper=wrapper))
+    assert 'forward' not in vars(net.backbone)
 
 
 def test_graphs_are_what_is_asked_for_by_default(monkeypatch):

@@ -115,6 +115,27 @@ def test_opcheck(largest, monkeypatch):
                                       'test_faketensor'))
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('formats', [('x', ), ('weight', ), ('x', 'weight')])
+def test_opcheck_of_kernels(dtype, formats):
+    """A compiler is told the memory format of what they put out, whatever those of x and W."""
+    triton_passes = pytest.importorskip('mmseg_kn.ops.triton_passes')
+    device = 'cpu' if triton_passes.INTERPRETED else 'cuda'
+    given = dict(x=torch.randn(2, 4, 6, 6, dtype=dtype), weight=torch.randn(8, 4, 3, 3))
+    x, weight = (
+        tensor.to(device, memory_format=torch.channels_last if name in formats
+                  else torch.contiguous_format).requires_grad_()
+        for name, tensor in given.items())
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    for dropout_p, training in ((0.1, True), (0.1, False), (0.0, True)):
+        seed = triton_passes.draw_mask(x.detach(), dropout_p) if training and dropout_p else None
+        for relu in (False, True):
+            torch.library.opcheck(
+                operators._kn_conv2d, (x, weight, None, None, seed, *geometry, dropout_p, training,
+                                       False, 1e-5, relu, relu, 'triton'),
+                test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
+
+
 def test_export_of_the_backbone_with_dynamic_size():
     net = backbone().eval()
     program = torch.export.export(net, (torch.rand(1, 3, 64, 96), ), dynamic_shapes=(DYNAMIC, ))

@@ -125,3 +125,15 @@ def test_backward_under_autocast_and_twice():
     with torch.autocast('cpu', torch.bfloat16):
         for a, b in zip(torch.autograd.grad(y, inputs, grad), plain, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('channels', [3, 64, 201])
+@pytest.mark.parametrize('impl', PASSES)
+def test_the_gradient_of_units_without_variance_is_cleared(impl, channels, layout):
+    device = DEVICE if impl == 'triton' else 'cpu'
+    h = torch.randn(2, channels, 5, 7, dtype=torch.bfloat16).to(device, memory_format=layout)
+    live = torch.rand(2, 5, 7, device=device) > 0.3
+    expected = torch.where(live[:, None], h, 0)
+    PASSES[impl].clear_dead(h, live)
+    assert torch.equal(h, expected) and (h == 0).any()

@@ -69,8 +69,8 @@ def test_what_has_run_is_kept_and_what_ran_out_of_time_runs_again(tool, tmp_path
 
     run = tool.run
     monkeypatch.setattr(tool, 'commands', commands)
-    monkeypatch.setattr(tool, 'run', lambda command, out, seconds: (
-        started.append(command.name) or run(command, out, min(seconds, 2))))
+    monkeypatch.setattr(tool, 'run', lambda command, out, seconds, rehearse: (
+        started.append(command.name) or run(command, out, min(seconds, 2), rehearse)))
     call(tool, monkeypatch, tmp_path)
     out = capsys.readouterr().out
     assert 'FAILED, see' in out and 'not done after 8 minutes' in out
@@ -80,6 +80,14 @@ def test_what_has_run_is_kept_and_what_ran_out_of_time_runs_again(tool, tmp_path
     call(tool, monkeypatch, tmp_path, 'steps')
     call(tool, monkeypatch, tmp_path, 'layers', '--again')
     assert started == ['networks', 'layers', 'step18', 'step18', 'layers']
+
+
+@pytest.mark.parametrize('rehearse', [False, True])
+def test_only_a_rehearsal_may_run_on_a_cpu(tool, tmp_path, monkeypatch, rehearse):
+    monkeypatch.setenv('REHEARSE_GPU', '1')
+    command = tool.Command('tests', 'env', [
+        '-c', 'import os; raise SystemExit("REHEARSE_GPU" in os.environ)'])
+    assert tool.run(command, tmp_path, 60, rehearse)['returncode'] == rehearse
 
 
 def test_refusals(tool, tmp_path, monkeypatch, capsys):

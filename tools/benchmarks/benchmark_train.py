@@ -199,6 +199,7 @@ def print_kept(name: str, kept: dict[str, float], count: int) -> None:
 def main() -> None:
     args = parse_args()
     logging.disable(logging.INFO)  # mmengine's line for every initialised weight
+    torch.backends.cudnn.benchmark = True  # as the configs have it
     contenders = [Contender(path, args) for path in args.configs]
     setting = dict(device=device_name(args.device), **versions())
     print(', '.join(f'{name} {value}' for name, value in setting.items())

@@ -27,7 +27,8 @@ from shared import device_name, markdown, versions, write_csv
 ROOT = Path(__file__).parents[2]
 BENCHMARKS, DEEPLAB = ROOT / 'tools/benchmarks', ROOT / 'configs/deeplabv3'
 KERNEL_TESTS = [ROOT / f'tests/ops/test_{name}.py' for name in (
-    'reference', 'dropout', 'gradients', 'precision', 'shapes', 'triton_random')]
+    'reference', 'dropout', 'gradients', 'precision', 'shapes', 'triton_random', 'compile',
+    'dispatch')]
 NETWORKS = {'18': ('knr18', 'r18'), '50': ('knr50', 'r50')}
 
 
@@ -124,7 +125,8 @@ def commands(args: argparse.Namespace) -> list[Command]:
         Command('tests', 'networks', pytest(tiny, '-m', 'gpu', ROOT / 'tests/gpu')),
         # On a CPU `make test` runs these in Triton's interpreter.
         Command('tests', 'kernels', pytest(
-            tiny, *KERNEL_TESTS, '-k', 'ragged and triton' if tiny else 'triton')),
+            tiny, *KERNEL_TESTS, '-k', 'ragged and triton' if tiny else
+            'triton or deterministic or scaled or compile')),
         *([Command('sanitizer', 'sanitizer', [
             # Each tensor its own allocation, so that reads beyond its end are seen.
             'env', 'PYTORCH_NO_CUDA_MEMORY_CACHING=1', sanitizer, sys.executable, '-m', 'pytest',
@@ -143,10 +145,13 @@ def commands(args: argparse.Namespace) -> list[Command]:
     ]
 
 
-def run(command: Command, out: Path, seconds: float) -> dict | None:
+def run(command: Command, out: Path, seconds: float, rehearse: bool) -> dict | None:
     """Runs a command; its state, None where the time ran out."""
-    env = dict(os.environ, REHEARSE_GPU='1', PYTHONPATH=os.pathsep.join(
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))))
+    env.pop('REHEARSE_GPU', None)
+    if rehearse:
+        env['REHEARSE_GPU'] = '1'  # tests of a GPU run on the CPU, which they never do otherwise
     argv = list(map(str, command.argv))
     if not shutil.which(argv[0]) or argv[0].endswith('.py'):
         argv = [sys.executable, *argv]
@@ -189,7 +194,7 @@ def main() -> None:
             states[command.name] = json.loads(file.read_text())
         elif wanted and time.time() < deadline - 10:
             print(f'{command.part}: {command.name} ...', flush=True)
-            state = run(command, args.out, deadline - time.time())
+            state = run(command, args.out, deadline - time.time(), args.rehearse)
             if state is None:
                 print(f'    not done after {args.minutes:g} minutes: run it again')
             else:

@@ -16,5 +16,3 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=600, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-# Every 32 iterations the average moves by 2e-5 * (1024 * 32 / 600).
-custom_hooks = [dict(type='EMAHook', momentum=0.00109, interval=32)]
