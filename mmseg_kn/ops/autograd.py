@@ -1,7 +1,7 @@
 """The closed form under torch's eager autograd.
 
 An ``autograd.Function`` costs the host a third of what a custom operator does. Compilers, which
-cannot look into it, take those of :mod:`.operators`.
+cannot look into it, take those of :mod:`.operators` and :mod:`.norm_operators`.
 """
 from contextlib import nullcontext
 

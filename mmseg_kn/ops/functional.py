@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from . import operators, reference
+from . import reference, ways
 from .checks import check_activation, check_epilogue, check_input, check_tensor, check_weight
 from .closed_form import Options
 from .dispatch import chosen_impl
@@ -110,7 +110,7 @@ def kn_conv2d(input: Tensor,
             output = output if residual is None else output + residual
             output = output.relu() if activation else output
         else:
-            output, *moments = operators.kn_conv2d(
+            output, *moments = ways.kn_conv2d(
                 input, weight, bias, residual,
                 Options(geometry, groups, dropout_p, training, input_activation == 'relu'), eps,
                 activation == 'relu', keep_output, impl)
@@ -162,5 +162,5 @@ def kernel_norm2d(input: Tensor,
         if impl == 'reference':
             output = reference.kernel_norm2d(input, geometry, dropout_p, training, eps)
             return output.relu() if activation else output
-        return operators.kernel_norm2d(input, geometry, dropout_p, training, eps,
+        return ways.kernel_norm2d(input, geometry, dropout_p, training, eps,
                                        activation == 'relu', impl)

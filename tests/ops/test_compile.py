@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from op_cases import DEVICE, PASSES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mmseg_kn import KernelNorm2d, KNConv2d, KNResNet
-from mmseg_kn.ops import fused, operators, unfolded
+from mmseg_kn.ops import fused, norm_operators, operators, unfolded
 
 DYNAMIC = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
 
@@ -45,7 +46,7 @@ def test_torch_compile_of_each_implementation(impl, largest, monkeypatch):
         pytest.importorskip('triton')
     layers = torch.nn.Sequential(
         KNConv2d(3, 8, 3, padding=(1, 0, 1, 0), activation='relu', impl=impl),
-        KNConv2d(8, 5, 1, impl=impl))
+        KNConv2d(8, 5, 1, impl=impl), KernelNorm2d(5, activation='relu', impl=impl))
     x = torch.rand(1, 3, 9, 8)
     if impl == 'triton' and torch.cuda.is_available():
         layers, x = layers.cuda(), x.cuda()
@@ -106,10 +107,10 @@ def test_opcheck(largest, monkeypatch):
                   'fused'),  # at so small a p the undropped mean is an output
                  (x.bfloat16(), weight, bias, None, dropped, *dense, 0.1, True, False, 1e-5, False,
                   False, 'fused')):
-        torch.library.opcheck(operators._kn_conv2d, args,
+        torch.library.opcheck(operators.kn_conv2d_op, args,
                               test_utils=('test_schema', 'test_autograd_registration',
                                           'test_faketensor'))
-    torch.library.opcheck(operators._unit_moments,
+    torch.library.opcheck(norm_operators.unit_moments_op,
                           (x, dropped, [2, 1], [1, 1], 0.1, True, 1e-5, 'fused'),
                           test_utils=('test_schema', 'test_autograd_registration',
                                       'test_faketensor'))
@@ -119,11 +120,10 @@ def test_opcheck(largest, monkeypatch):
 @pytest.mark.parametrize('formats', [('x', ), ('weight', ), ('x', 'weight')])
 def test_opcheck_of_kernels(dtype, formats):
     """A compiler is told the memory format of what they put out, whatever those of x and W."""
-    triton_passes = pytest.importorskip('mmseg_kn.ops.triton_passes')
-    device = 'cpu' if triton_passes.INTERPRETED else 'cuda'
+    triton_passes = PASSES['triton']
     given = dict(x=torch.randn(2, 4, 6, 6, dtype=dtype), weight=torch.randn(8, 4, 3, 3))
     x, weight = (
-        tensor.to(device, memory_format=torch.channels_last if name in formats
+        tensor.to(DEVICE, memory_format=torch.channels_last if name in formats
                   else torch.contiguous_format).requires_grad_()
         for name, tensor in given.items())
     geometry = ([1, 1], [1, 1], [1, 1], 1)
@@ -131,9 +131,24 @@ def test_opcheck_of_kernels(dtype, formats):
         seed = triton_passes.draw_mask(x.detach(), dropout_p) if training and dropout_p else None
         for relu in (False, True):
             torch.library.opcheck(
-                operators._kn_conv2d, (x, weight, None, None, seed, *geometry, dropout_p, training,
-                                       False, 1e-5, relu, relu, 'triton'),
+                operators.kn_conv2d_op,
+                (x, weight, None, None, seed, *geometry, dropout_p, training, False, 1e-5, relu,
+                 relu, 'triton'),
                 test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('impl', PASSES)
+def test_opcheck_of_the_norm(impl, layout, dtype):
+    device = DEVICE if impl == 'triton' else 'cpu'
+    x = torch.randn(2, 5, 4, 3, dtype=dtype).to(device, memory_format=layout).requires_grad_()
+    mask = PASSES[impl].draw_mask(x.detach(), 0.25)
+    for args in ((mask, 0.25, True, 1e-5, True), (None, 0.25, False, 1e-5, False),
+                 (None, 0.0, True, 1e-5, True)):
+        torch.library.opcheck(norm_operators.pixel_norm_op, (x, *args, impl), test_utils=(
+            'test_schema', 'test_autograd_registration', 'test_faketensor',
+            'test_aot_dispatch_static'))
 
 
 def test_export_of_the_backbone_with_dynamic_size():

@@ -37,7 +37,7 @@ from shared import write_csv
 from torch import nn
 
 import mmseg_kn
-from mmseg_kn.ops import operators, triton_passes
+from mmseg_kn.ops import triton_passes, ways
 from mmseg_kn.ops.closed_form import Options
 from mmseg_kn.ops.geometry import make_geometry
 
@@ -81,8 +81,8 @@ def kn_step(channels: int, dtype: torch.dtype = torch.bfloat16, activation: str 
 
     def step():
         with fake_gpu.Operations() as operations:
-            y = operators.kn_conv2d(x, weight, bias, residual, options, 1e-5,
-                                    activation == 'relu', True, 'triton')[0]
+            y = ways.kn_conv2d(x, weight, bias, residual, options, 1e-5, activation == 'relu',
+                               True, 'triton')[0]
             torch.autograd.grad(y, leaves, grad)
         return operations
 
