@@ -50,7 +50,8 @@ IMPORTED = {
     'mmseg_kn.fsdp': ['FSDPOptimWrapper', 'ResumableFSDPStrategy', 'wrap_blocks'],
 }
 # What exported and compiled programs call.
-OPERATORS = ['kn_conv2d', 'kn_conv2d_backward', 'unit_moments', 'unit_moments_backward']
+OPERATORS = ['kn_conv2d', 'kn_conv2d_backward', 'unit_moments', 'unit_moments_backward',
+             'pixel_norm', 'pixel_norm_backward']
 IMPLS = ('auto', 'triton', 'fused', 'reference')
 FILE_BACKEND = 'atomic'
 

@@ -90,6 +90,20 @@ def test_only_a_rehearsal_may_run_on_a_cpu(tool, tmp_path, monkeypatch, rehearse
     assert tool.run(command, tmp_path, 60, rehearse)['returncode'] == rehearse
 
 
+def test_the_passes_of_a_layer_are_timed(tool, tmp_path):
+    """As a rehearsal has them: kernels, in the interpreter."""
+    args = SimpleNamespace(out=tmp_path, rehearse=True, data_root=tmp_path)
+    command, = (c for c in tool.commands(args) if c.name == 'passes')
+    state = tool.run(command, tmp_path, 300, True)
+    assert state['returncode'] == 0, (tmp_path / 'passes.log').read_text()[-2000:]
+    with open(tmp_path / 'passes.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert {'unit_moments', 'normalize', 'scale_grad', 'add_moment_grads', 'prepare_weight',
+            'finish_weight_grad'} >= {row['pass'] for row in rows} >= {
+                'unit_moments', 'normalize', 'scale_grad', 'add_moment_grads'}
+    assert all(float(row['ms']) > 0 for row in rows)
+
+
 def test_refusals(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool.torch.cuda, 'is_available', lambda: False)
     for argv, message in ((['layers'], 'torch sees no GPU here'),

@@ -18,7 +18,7 @@ from shared import device_name, markdown, versions, write_csv
 from torch import Tensor
 
 from mmseg_kn import KNConv2d
-from mmseg_kn.ops import autograd, chosen_impl, operators
+from mmseg_kn.ops import autograd, chosen_impl, ways
 from mmseg_kn.ops.dispatch import passes_of
 
 
@@ -117,7 +117,7 @@ def measure(channels: int, relu: bool, args: argparse.Namespace) -> dict[str, li
     timed = TimedPasses(passes_of(chosen_impl(x, args.impl)), args.device)
     found = {}
     with mock.patch.object(autograd, 'passes_of', lambda impl: timed), \
-            mock.patch.object(operators, 'passes_of', lambda impl: timed):
+            mock.patch.object(ways, 'passes_of', lambda impl: timed):
         for i in range(args.rounds + 2):
             if args.device.type == 'cuda':
                 torch.cuda._sleep(10**7)  # cycles, in which the host enqueues the whole step

@@ -135,7 +135,8 @@ def commands(args: argparse.Namespace) -> list[Command]:
         benchmark('layers', 'layers', *knconv, *([] if tiny else ['--amp'])),
         *([] if tiny else [benchmark('layers', 'layers-float32', *knconv, '--dtype', 'float32')]),
         benchmark('passes', 'passes', BENCHMARKS / 'benchmark_passes.py', *(
-            ['--shapes', '201', '--size', '9', '10', '--rounds', '3'] if tiny else [])),
+            ['--shapes', '20', '--size', '9', '10', '--rounds', '3', '--impl', 'triton']
+            if tiny else [])),
         *(benchmark('steps', f'step{depth}{suffix}', *step, *flags, *pair(depth))
           for depth in (['18'] if tiny else NETWORKS)
           for suffix, flags in (('', []), ('-graphs', ['--graphs']))
@@ -152,7 +153,8 @@ def run(command: Command, out: Path, seconds: float, rehearse: bool) -> dict | N
         filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))))
     env.pop('REHEARSE_GPU', None)
     if rehearse:
-        env['REHEARSE_GPU'] = '1'  # tests of a GPU run on the CPU, which they never do otherwise
+        # Tests of a GPU run on the CPU, which they never do otherwise; kernels are interpreted.
+        env.update(REHEARSE_GPU='1', TRITON_INTERPRET='1')
     argv = list(map(str, command.argv))
     if not shutil.which(argv[0]) or argv[0].endswith('.py'):
         argv = [sys.executable, *argv]
