@@ -31,7 +31,7 @@ def test_verdicts_follow_from_the_tables(bars, tmp_path):
     times = {'conv': (2, 1), 'conv+bn': (4, 1), 'conv+bn+relu': (5, 1), 'knconv': (5, 1.2),
              'knconv+relu': (4, 1)}
     write(tmp_path / 'layers.csv', [
-        dict(shape=shape, batch=2, row=row, mode=mode, median_ms=scale * value)
+        dict(shape=shape, batch=2, row=row, mode=mode, median_ms=scale * value, host_ms=0.5)
         for row, values in times.items() for mode, value in zip(('train', 'eval'), values,
                                                                 strict=True)
         for shape, scale in (('a', 1), ('b', 7))])
@@ -50,6 +50,9 @@ def test_verdicts_follow_from_the_tables(bars, tmp_path):
     steps = [row for what, row in told.items() if 'ResNet-18' in what]
     assert steps == [('', 'not measured'), ('0.700', 'passed')]
     assert told['the command passes'] == ('failed', 'missed')
+    text = bars.page(dict(device='none'), rows, {}, [], False, tmp_path)
+    assert '| layer | batch | conv+bn+relu, ms | conv+bn+relu, host ms | knconv+relu, ms |' in text
+    assert '| b | 2 | 35 | 0.5 | 28 | 0.5 |' in text and 'Passes' not in text
 
 
 def call(tool, monkeypatch, out, *args):

@@ -211,7 +211,8 @@ def main() -> None:
     missing = [c.name for c in args.commands if c.name not in states]
     verdicts = judge(args.out, states)
     setting = dict(device=device_name(), **versions())
-    (args.out / 'gpu.md').write_text(page(setting, verdicts, states, rows, args.rehearse))
+    (args.out / 'gpu.md').write_text(page(setting, verdicts, states, rows, args.rehearse,
+                                        args.out))
     print(f'\n{markdown(verdicts)}\nwritten to {args.out}/gpu.md')
     if missing:
         print(f'not run yet: {", ".join(missing)}; the same command goes on')

@@ -72,8 +72,19 @@ def judge(out: Path, states: dict[str, dict]) -> list[dict]:
     return verdicts
 
 
+def _layer_table(out: Path) -> list[dict]:
+    """Training steps of each layer in half precision: the GPU's time, and the host's."""
+    times = {(r['shape'], r['batch'], r['row']): r for r in _rows(out / 'layers.csv')
+             if r['mode'] == 'train'}
+    return [{'layer': shape, 'batch': batch,
+             **{f'{row}, {clock}': times[shape, batch, row][column]
+                for row in ('conv+bn+relu', 'knconv+relu')
+                for clock, column in (('ms', 'median_ms'), ('host ms', 'host_ms'))}}
+            for shape, batch, row in times if row == 'knconv+relu']
+
+
 def page(setting: dict[str, str], verdicts: list[dict], states: dict[str, dict],
-         trainings: list[dict], rehearsal: bool) -> str:
+         trainings: list[dict], rehearsal: bool, out: Path) -> str:
     """Markdown."""
     lines = ['# KernelNorm on this GPU\n',
              ', '.join(f'{name} {value}' for name, value in setting.items()) + '\n']
@@ -82,6 +93,10 @@ def page(setting: dict[str, str], verdicts: list[dict], states: dict[str, dict],
     lines.append(markdown(verdicts))
     if trainings:
         lines.append('Short trainings, validation mIoU:\n\n' + markdown(trainings))
+    for title, rows in (('Layers, training steps:', _layer_table(out)),
+                        ('Passes of a layer:', _rows(out / 'passes.csv'))):
+        if rows:
+            lines.append(f'{title}\n\n{markdown(rows)}')
     lines.append('Seconds each command took: ' + ', '.join(
         f'{name} {state["seconds"]}' for name, state in states.items()) + '\n')
     return '\n'.join(lines)
