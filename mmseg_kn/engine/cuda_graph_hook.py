@@ -41,7 +41,8 @@ def use_cuda_graphs(model: BaseModel, training: bool | None = True, **options) -
     and the optimizer stay eager. One call from the host replays a graph, for the forward and for
     the backward pass each, and every replay draws other dropout. Every size of images needs
     graphs of its own, so crops of a fixed size should be trained on. Parameters and checkpoints
-    stay as they are.
+    stay as they are. Gradients must not be added up over several calls, because they may lie in
+    the memory of a graph: step and ``zero_grad(set_to_none=True)`` after each.
 
     Args:
         model: An mmseg segmentor.

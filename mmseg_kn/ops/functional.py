@@ -163,4 +163,4 @@ def kernel_norm2d(input: Tensor,
             output = reference.kernel_norm2d(input, geometry, dropout_p, training, eps)
             return output.relu() if activation else output
         return ways.kernel_norm2d(input, geometry, dropout_p, training, eps,
-                                       activation == 'relu', impl)
+                                  activation == 'relu', impl)

@@ -21,8 +21,8 @@ def _window(kernel, stride, dropout_p, training) -> Options:
     '(Tensor x, Tensor? mask, SymInt[] kernel, SymInt[] stride, float dropout_p, '
     'bool training, float eps, str impl) -> (Tensor, Tensor, Tensor)'))
 def unit_moments_op(x: Tensor, mask: Tensor | None, kernel: list[int], stride: list[int],
-                  dropout_p: float, training: bool, eps: float,
-                  impl: str) -> tuple[Tensor, Tensor, Tensor]:
+                    dropout_p: float, training: bool, eps: float,
+                    impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """mean, rstd and live of the units of x (N, C, H, W)."""
     options = _window(kernel, stride, dropout_p, training)
     setting = options.setting(x)
@@ -83,7 +83,7 @@ def _pixel(dropout_p: float, training: bool) -> Options:
     '(Tensor x, Tensor? mask, float dropout_p, bool training, float eps, bool relu, str impl) '
     '-> (Tensor, Tensor, Tensor, Tensor)'))
 def pixel_norm_op(x: Tensor, mask: Tensor | None, dropout_p: float, training: bool, eps: float,
-                relu: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                  relu: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y of x (N, C, H, W), every pixel of which is a unit, with mean, rstd and live."""
     y, moments = closed_form.pixel_norm(passes_of(impl), x, mask, _pixel(dropout_p, training),
                                         eps, relu)

@@ -12,7 +12,7 @@ from .autograd import without_autocast
 from .closed_form import Options
 from .dispatch import form_of, passes_of
 from .geometry import Geometry
-from .memory_format import dense, dense_like, is_channels_last
+from .memory_format import dense, is_channels_last
 from .passes import Kept, Moments
 from .precision import accumulate_dtype
 
@@ -37,13 +37,13 @@ def or_none(tensor: Tensor) -> Tensor | None:
     'bool rectify, float eps, bool relu, bool keep_output, str impl) '
     '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'))
 def kn_conv2d_op(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-               mask: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
-               groups: int, dropout_p: float, training: bool, rectify: bool, eps: float,
-               relu: bool, keep_output: bool,
-               impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                 mask: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+                 groups: int, dropout_p: float, training: bool, rectify: bool, eps: float,
+                 relu: bool, keep_output: bool,
+                 impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, mean, rstd and live; unless the output is kept, z and the undropped mean."""
     options = options_of(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training,
-                       rectify)
+                         rectify)
     y, z, moments, _ = form_of(x, weight, options, impl).forward(
         passes_of(impl), x, weight, bias, residual, mask, options, eps, relu,
         keep_z=not keep_output)
@@ -64,7 +64,8 @@ def _(x, weight, bias, residual, mask, stride, padding, dilation, groups, dropou
     options = options_of(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training)
     setting, weight = options.setting(x), weight.to(x.dtype)
     if impl == 'triton' and (setting.is_centred or setting.is_half):
-        weight = dense_like(weight, x)  # as its prepare_weight lays a copy out
+        weight = torch.empty_like(weight, memory_format=(  # as its prepare_weight lays a copy out
+            torch.channels_last if is_channels_last(x) else torch.contiguous_format))
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     acc, units = accumulate_dtype(x.dtype), (z.size(0), *z.shape[2:])
     has_undropped_mean = setting.needs_undropped_mean and not keep_output
@@ -88,7 +89,7 @@ def _kn_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
                         impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dW and db."""
     options = options_of(weight.shape[2:], stride, padding, dilation, groups, dropout_p, training,
-                       rectify)
+                         rectify)
     moments = Moments(mean, rstd, live, or_none(undropped_mean))
     dx, dweight, dbias = form_of(x, weight, options, impl).backward(
         passes_of(impl), grad, x, weight, bias, mask, moments, Kept(z, y, residual, relu),
@@ -134,8 +135,8 @@ def _kn_conv2d_grads(ctx, grad, *_):
             dx, dweight, dbias = _kn_conv2d_backward(grad, x, weight, bias, *kept, *ctx.options,
                                                      ctx.relu, need_x, need_weight, ctx.impl)
     return grads_for(kn_conv2d_op, x=dx if need_x else None,
-                      weight=dweight if need_weight else None, bias=dbias if need_bias else None,
-                      residual=grad if need_residual else None)
+                     weight=dweight if need_weight else None, bias=dbias if need_bias else None,
+                     residual=grad if need_residual else None)
 
 
 kn_conv2d_op.register_autograd(_kn_conv2d_grads, setup_context=_save_kn_conv2d)

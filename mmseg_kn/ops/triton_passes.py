@@ -13,7 +13,7 @@ from .precision import LIVE_ROUNDINGS, ORIGIN_CHANNELS, accumulate_dtype
 
 CHANNELS = 32  # at most, of one of the four tiles that share a Philox call
 TILE = 512  # elements of such a tile: four for each thread
-BLOCK = (1024, 64)  # elements of a block of `normalize`, and channels at most
+BLOCK = (1024, 64)  # elements of a block of `normalize` and `clear_dead`, and channels at most
 # ... of `scale_grad`; half of that where each element has an address of its own, in registers
 GRAD_BLOCK = (2048, 64)
 WEIGHTS = (4, 512)  # filters of a program, and their elements at once

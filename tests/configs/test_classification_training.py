@@ -155,6 +155,7 @@ def test_the_recipe_of_convnext_trains(small_run):
 def test_private_training_runs(name, small_run, tmp_path):
     cfg = small_run(load(name))
     cfg.train_cfg.update(max_iters=2, val_interval=2, max_physical_batch_size=8)
+    cfg.custom_hooks[0].device = None  # channels_last
     cfg.default_hooks.checkpoint.interval = 2
     torch.manual_seed(0)
     runner = Runner.from_cfg(cfg)

@@ -1,5 +1,5 @@
 """cuDNN's TF32, emulated: operands of a float32 convolution rounded to 10 bits of mantissa."""
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -94,14 +94,13 @@ def test_training_keeps_tf32(tf32, monkeypatch):
 
 def test_threads_that_convolve_at_once_leave_the_flag_as_it_was():
     """One leaves while another is still inside, as with a backward thread for each GPU."""
-    with allow_tf32(True):
-        context = precision.unrounded_convolution
-        setting = SimpleNamespace(cancels=True)
-        x = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-        one, other = context(x, setting), context(x, setting)
-        one.__enter__()
-        other.__enter__()
-        one.__exit__(None, None, None)
+    context = precision.unrounded_convolution
+    setting = SimpleNamespace(cancels=True)
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    with allow_tf32(True), ExitStack() as one, ExitStack() as other:
+        one.enter_context(context(x, setting))
+        other.enter_context(context(x, setting))
+        one.close()
         assert not allows_tf32()
-        other.__exit__(None, None, None)
+        other.close()
         assert allows_tf32()

@@ -87,14 +87,17 @@ def test_what_has_run_is_kept_and_what_ran_out_of_time_runs_again(tool, tmp_path
 
 @pytest.mark.parametrize('rehearse', [False, True])
 def test_only_a_rehearsal_may_run_on_a_cpu(tool, tmp_path, monkeypatch, rehearse):
-    monkeypatch.setenv('REHEARSE_GPU', '1')
+    for name in ('REHEARSE_GPU', 'TRITON_INTERPRET'):
+        monkeypatch.setenv(name, '1')
     command = tool.Command('tests', 'env', [
-        '-c', 'import os; raise SystemExit("REHEARSE_GPU" in os.environ)'])
-    assert tool.run(command, tmp_path, 60, rehearse)['returncode'] == rehearse
+        '-c', 'import os; raise SystemExit('
+        'len({"REHEARSE_GPU", "TRITON_INTERPRET"} & os.environ.keys()))'])
+    assert tool.run(command, tmp_path, 60, rehearse)['returncode'] == 2 * rehearse
 
 
 def test_the_passes_of_a_layer_are_timed(tool, tmp_path):
     """As a rehearsal has them: kernels, in the interpreter."""
+    pytest.importorskip('triton')
     args = SimpleNamespace(out=tmp_path, rehearse=True, data_root=tmp_path)
     command, = (c for c in tool.commands(args) if c.name == 'passes')
     state = tool.run(command, tmp_path, 300, True)

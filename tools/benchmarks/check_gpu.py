@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS, DEEPLAB = ROOT / 'tools/benchmarks', ROOT / 'configs/deeplabv3'
 KERNEL_TESTS = [ROOT / f'tests/ops/test_{name}.py' for name in (
     'reference', 'dropout', 'gradients', 'precision', 'shapes', 'triton_random', 'compile',
-    'dispatch')]
+    'opcheck', 'dispatch')]
 NETWORKS = {'18': ('knr18', 'r18'), '50': ('knr50', 'r50')}
 
 
@@ -126,7 +126,7 @@ def commands(args: argparse.Namespace) -> list[Command]:
         # On a CPU `make test` runs these in Triton's interpreter.
         Command('tests', 'kernels', pytest(
             tiny, *KERNEL_TESTS, '-k', 'ragged and triton' if tiny else
-            'triton or deterministic or scaled or compile')),
+            'triton or deterministic or scaled or compile or opcheck or dispatch')),
         *([Command('sanitizer', 'sanitizer', [
             # Each tensor its own allocation, so that reads beyond its end are seen.
             'env', 'PYTORCH_NO_CUDA_MEMORY_CACHING=1', sanitizer, '--error-exitcode', '1',
@@ -151,7 +151,8 @@ def run(command: Command, out: Path, seconds: float, rehearse: bool) -> dict | N
     """Runs a command; its state, None where the time ran out."""
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))))
-    env.pop('REHEARSE_GPU', None)
+    for name in ('REHEARSE_GPU', 'TRITON_INTERPRET'):
+        env.pop(name, None)
     if rehearse:
         # Tests of a GPU run on the CPU, which they never do otherwise; kernels are interpreted.
         env.update(REHEARSE_GPU='1', TRITON_INTERPRET='1')
@@ -212,7 +213,7 @@ def main() -> None:
     verdicts = judge(args.out, states)
     setting = dict(device=device_name(), **versions())
     (args.out / 'gpu.md').write_text(page(setting, verdicts, states, rows, args.rehearse,
-                                        args.out))
+                                             args.out))
     print(f'\n{markdown(verdicts)}\nwritten to {args.out}/gpu.md')
     if missing:
         print(f'not run yet: {", ".join(missing)}; the same command goes on')

@@ -73,7 +73,7 @@ def judge(out: Path, states: dict[str, dict]) -> list[dict]:
 
 
 def _layer_table(out: Path) -> list[dict]:
-    """Training steps of each layer in half precision: the GPU's time, and the host's."""
+    """Training steps of each layer: the GPU's time, and the host's."""
     times = {(r['shape'], r['batch'], r['row']): r for r in _rows(out / 'layers.csv')
              if r['mode'] == 'train'}
     return [{'layer': shape, 'batch': batch,
