@@ -30,7 +30,7 @@ def measured():
                     settings = {key: value for key, value in row.items() if key in (
                         'config', 'options', 'batch_size', 'lr', 'iterations', 'data', 'norm',
                         'clip_grad', 'net', 'target_epsilon', 'noise_multiplier', 'part',
-                        'epsilon', 'zero_init_residual')}
+                        'epsilon', 'zero_init_residual', 'channels')}
                     groups.setdefault((path, *settings.values()), []).append(float(result))
     return {f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}, '
             + ', '.join(f'{value:.1f}' for value in values)
