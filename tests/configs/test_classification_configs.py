@@ -293,11 +293,14 @@ def test_twins_have_the_authors_settings(written):
         assert cfg.data_preprocessor.std == pytest.approx(std)
         with torch.device('meta'):
             backbone = MODELS.build(cfg.model.backbone)
-        assert backbone.depth == depth
+            x = torch.zeros(2, 3, *[96 if imagenet else 32] * 2)
+            features, = backbone(x)
+        assert backbone.depth == depth and features.shape[1] == cfg.model.head.in_channels
         if name.startswith('kn'):
             assert isinstance(backbone, KNResNetCls)
             assert backbone.stem.kernel_size == ((7, 7) if imagenet else (3, 3))
             continue
+        assert features.shape[2:] == ((3, 3) if imagenet else (4, 4))
         stem = backbone.stem if name.startswith('preact') else backbone.conv1
         assert stem.kernel_size == ((7, 7) if imagenet else (3, 3))
         norms = [m for m in backbone.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]

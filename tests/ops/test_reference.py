@@ -1,4 +1,6 @@
 """Implementations against the authors' values, and against the definition in float64."""
+import itertools
+
 import golden
 import pytest
 import torch
@@ -63,9 +65,10 @@ def test_fused_equals_reference(options, dropout_p, epilogue, chunk):
         torch.testing.assert_close(a, e, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('channels', [3, 33, 133])
+@pytest.mark.parametrize('channels, layout, dtype', [
+    *itertools.product([3, 33, 133], [torch.contiguous_format, torch.channels_last],
+                       [torch.float32, torch.float16]),
+    (300, torch.contiguous_format, torch.float32)])
 def test_triton_equals_reference_at_ragged_shapes(channels, layout, dtype):
     """Blocks of pixels and of channels that are full, cut, or both; strides and dilations."""
     for size, options in (((3, 5), dict(padding=2, dilation=2)), ((16, 2), dict(stride=2)),

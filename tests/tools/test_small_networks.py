@@ -13,6 +13,7 @@ from mmseg_kn.engine.partial_norm_hook import norm_faults
 
 # isort: split
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from steps import check_steps
 
 STRIDES = {'deeplabv3plus_r18-d8': 8, 'fast-scnn': 8, 'fcn_hr18s': 32, 'fcn_unet-s5-d16': 1,
@@ -38,3 +39,10 @@ def test_trains_with_two_images_and_kernelized_with_one(name, tmp_path):
         assert not any(isinstance(layer, kinds[1]) for layer in model.modules())
         assert not norm_faults(model)
         check_steps(model, batch, (64, 96), '', STRIDES[name])
+        # CamVid at 160 x 120 has sides that not all downsamplings divide.
+        image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+        sample = SegDataSample(metainfo=dict(
+            img_shape=(60, 80), ori_shape=(60, 80), pad_shape=(60, 80), flip=False))
+        with torch.no_grad():
+            result, = model.test_step(dict(inputs=[image], data_samples=[sample]))
+        assert result.pred_sem_seg.data.shape == (1, 60, 80)

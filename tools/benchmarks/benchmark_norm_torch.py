@@ -8,7 +8,6 @@ without dilation, which theirs lack; networks are KNResNet-18 and -50 as classif
 images. A ratio is theirs over ours.
 """
 import argparse
-import gc
 import importlib
 import statistics
 import sys
@@ -61,8 +60,7 @@ def build(case: str, batch_size: int) -> tuple[nn.Module, nn.Module, Tensor]:
     else:
         theirs, ours = (layer(channels, out, kernel, 2 if kernel == 7 else 1, padding)
                         for layer in (layers.KNConv2d, KNConv2d))
-    return theirs, ours, torch.rand(1, channels, *size).requires_grad_(
-        needs_gradient(SHAPES[case]))
+    return theirs, ours, torch.rand(1, channels, *size)
 
 
 def measure(case: str, memory_format: torch.memory_format,
@@ -71,11 +69,15 @@ def measure(case: str, memory_format: torch.memory_format,
     torch.manual_seed(0)
     *modules, x = build(case, args.batch_size)
     modules = [m.to(args.device, memory_format=memory_format).train() for m in modules]
-    x = x.detach().to(args.device, memory_format=memory_format).requires_grad_(x.requires_grad)
+    x = x.to(args.device, memory_format=memory_format).requires_grad_(needs_gradient(x.shape[1:]))
     timer, rounds = Timer(args.device), []
     for _ in range(args.rounds + 1):  # the first one warms up
-        rounds.append([timer(lambda: module(x).sum().backward())[0]  # noqa: B023 (called at once)
-                       for module in modules])
+        rounds.append([])
+        for module in modules:
+            took = timer(lambda: module(x).sum().backward())[0]  # noqa: B023 (called at once)
+            rounds[-1].append(took)
+            x.grad = None
+            module.zero_grad(set_to_none=True)
     return zip(*rounds[1:], strict=True)
 
 
@@ -88,7 +90,6 @@ def main() -> None:
     for layout, memory_format in FORMATS.items():
         for case in args.cases:
             theirs, ours = measure(case, memory_format, args)
-            gc.collect()
             ratio = statistics.median(theirs) / statistics.median(ours)
             ratios.setdefault((layout, case in LAYERS), []).append(ratio)
             print(f'{layout:14} {case:20} theirs {statistics.median(theirs):9.2f} ms, '

@@ -32,7 +32,9 @@ NETWORKS = {
         'backbone.extra.stage4': dict(num_modules=2, num_blocks=(2, 2, 2, 2))}),
     'fcn_unet-s5-d16': ('fcn_unet_s5-d16', {  # a quarter of the channels
         'backbone.base_channels': 16, 'decode_head.in_channels': 16, 'decode_head.channels': 16,
-        'auxiliary_head.in_channels': 32, 'auxiliary_head.channels': 16}),
+        'auxiliary_head.in_channels': 32, 'auxiliary_head.channels': 16,
+        # its downsamplings must divide the sides of an image, so validation pads it
+        'data_preprocessor.test_cfg': dict(size_divisor=16)}),
     'stdc1': ('stdc', {}),
 }
 
@@ -41,10 +43,10 @@ def config_of(name: str) -> Config:
     file, changes = NETWORKS[name]
     cfg = Config.fromfile(TRAINING)
     base = Config.fromfile(MODELS / f'{file}.py')
+    base.model.data_preprocessor = cfg.model.data_preprocessor
     base.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
     model = base.model
     model.update(pretrained=None, test_cfg=dict(mode='whole'))
-    model.data_preprocessor = cfg.model.data_preprocessor
     heads = model.get('auxiliary_head', [])
     heads = heads if isinstance(heads, list) else [heads]
     # STDC's head for edges needs labels of its own.
